@@ -1,0 +1,1 @@
+"""From audio files and sentences to batches. Import each part from its own module."""

@@ -1,0 +1,1 @@
+"""Frozen encoders: a signal in, `Features` out. Import each from its own module."""
