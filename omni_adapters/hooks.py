@@ -7,7 +7,7 @@ recomputation of either during backward, which activation checkpointing starts: 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ class HostHooks:
     """Hooks on the sub-modules of one GPT. Refuses a GPT that already has some."""
 
     def __init__(self, gpt: nn.Module, anatomy: Anatomy, value_embeds: ValueEmbeds,
-                 side_rows: Mapping[str, nn.Parameter]) -> None:
+                 side_rows: nn.ParameterDict) -> None:
         self.anatomy, self.value_embeds, self.side_rows = anatomy, value_embeds, side_rows
         self.busy = False                      # our own forward runs, with or without a splice
         self.splice: Splice | None = None

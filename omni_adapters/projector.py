@@ -62,15 +62,13 @@ class Projector(nn.Module):
     def forward(self, features: Features) -> Features: ...
 
     def forward(self, features: Tensor | Features) -> Tensor | Features:
-        ragged = not isinstance(features, Tensor)
-        given = features if ragged else full(features)
-        assert isinstance(given, Features)
+        given = full(features) if isinstance(features, Tensor) else features
         check_form("Projector", given, self.in_dim, "build it with in_dim = encoder.d_model")
         stacked = stack_frames(given, self.stack)
         x = stacked.values
         hidden = F.gelu(F.linear(x, self.fc1.weight.to(x.dtype)))
         soft = F.linear(hidden, self.fc2.weight.to(x.dtype))
-        return Features(soft, stacked.lens) if ragged else soft
+        return soft if isinstance(features, Tensor) else Features(soft, stacked.lens)
 
     def extra_repr(self) -> str:
         return f"stack={self.stack}, zero_init={self.zero_init}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """
     T_q, T_k = q.size(1), k.size(1)
     mask = None
-    if T_q > 1 and (T_q != T_k or window < T_k):
+    if T_q > 1 and (T_q != T_k or window < T_k - 1):
         query = torch.arange(T_k - T_q, T_k, device=q.device).unsqueeze(1)
         key = torch.arange(T_k, device=q.device)
         mask = (key <= query) & (query - key <= window)
@@ -205,7 +205,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Unit-variance embeddings, uniform ±√(3/C) into the residual stream, zeros out of it, a near-zero head."""
         bound = (3 / self.config.n_embd) ** 0.5
-        nn.init.normal_(self.transformer["wte"].weight)
+        nn.init.normal_(self.wte().weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.blocks():
             for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
@@ -215,14 +215,18 @@ class GPT(nn.Module):
             if block.attn.ve_gate is not None:
                 nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
         for table in self.value_embeds.values():
+            assert isinstance(table, nn.Embedding)
             nn.init.uniform_(table.weight, -bound, bound)
         nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
 
     def blocks(self) -> list[Block]:
-        return list(self.transformer["h"])  # type: ignore[arg-type]
+        return [block for block in cast(nn.ModuleList, self.transformer["h"]) if isinstance(block, Block)]
+
+    def wte(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.transformer["wte"])
 
     def get_device(self) -> torch.device:
-        return self.transformer["wte"].weight.device
+        return self.wte().weight.device
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache: Any = None,
                 loss_reduction: str = "mean") -> Tensor:
@@ -231,7 +235,7 @@ class GPT(nn.Module):
         if start + T > self.cos.size(1):
             raise ValueError(f"{start + T} positions are past the rotary table of {self.cos.size(1)}")
         cos_sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
-        x = self.smear(norm(self.transformer["wte"](idx)), kv_cache)
+        x = self.smear(norm(self.wte()(idx)), kv_cache)
         x0, middle = x, None
         cos_sin = cos_sin[0].to(x.dtype), cos_sin[1].to(x.dtype)
         for layer, block in enumerate(self.blocks()):

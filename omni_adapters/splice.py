@@ -75,7 +75,7 @@ def placeholder_columns(idx: Tensor, clips: Mapping[int, Features]) -> Columns:
         flat.append(values.flatten(0, 1))
         num_rows += flat[-1].size(0)
     joined = torch.cat([rows.to(flat[0].dtype) for rows in flat]) if flat else torch.zeros(0, 1, device=idx.device)
-    return Columns(*(F.pad(part, (1, 0)) for part in (text, soft, first)), joined)
+    return Columns(F.pad(text, (1, 0)), F.pad(soft, (1, 0)), F.pad(first, (1, 0)), joined)
 
 
 def crop_text(columns: Columns, text_lens: Tensor) -> Columns:
