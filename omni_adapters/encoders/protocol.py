@@ -1,4 +1,9 @@
-"""What the house expects of an encoder: a protocol, so that any object with these names will do."""
+"""What the house expects of an encoder, and of the waveforms that go into one.
+
+Notable:
+- a protocol, so that any object with these names will do; nothing has to be inherited
+- `check_waveforms` is the one gate for sound: every encoder's `preprocess` starts with it
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,11 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from omni_adapters.features import Features
+from omni_adapters.shapes import BadInput, shape
 
 
 @runtime_checkable
@@ -31,3 +38,39 @@ class AudioEncoder(Protocol):
     def __call__(self, inputs: Features) -> Features:
         """Encoder inputs → values (B, T_enc, d_model), lens in feature frames."""
         ...
+
+
+def check_waveforms(where: str, waveforms: Sequence[Tensor | np.ndarray]) -> list[Tensor]:
+    """A list of clips → the same clips as detached float32 CPU tensors (samples,), one copy each at most.
+
+    BadInput, naming the clip, unless every clip is a 1-D floating-point tensor or array with at least one sample and
+    no NaN or infinity. What `where` says opens the message.
+    """
+    if isinstance(waveforms, (Tensor, np.ndarray)):
+        raise BadInput(where, f"one {type(waveforms).__name__} of shape {shape(waveforms.shape)}",
+                       "a list of 1-D mono waveforms", "wrap a single clip: preprocess([waveform])")
+    if not len(waveforms):
+        raise BadInput(where, "no waveforms", "at least one 1-D mono waveform")
+    return [_check_waveform(where, number, waveform) for number, waveform in enumerate(waveforms)]
+
+
+def _check_waveform(where: str, number: int, waveform: Tensor | np.ndarray) -> Tensor:
+    if not isinstance(waveform, (Tensor, np.ndarray)):
+        raise BadInput(where, f"clip {number} of type {type(waveform).__name__}", "a tensor or a numpy array")
+    if waveform.ndim != 1:
+        raise BadInput(where, f"clip {number} of shape {shape(waveform.shape)}", "mono sound of shape (samples,)",
+                       "average the channels, or pick one")
+    floating = waveform.is_floating_point() if isinstance(waveform, Tensor) else waveform.dtype.kind == "f"
+    if not floating:
+        raise BadInput(where, f"clip {number} of {waveform.dtype}", "floating-point samples within ±1",
+                       "divide int16 samples by 32768")
+    if not len(waveform):
+        raise BadInput(where, f"clip {number} without samples", "at least one sample", "drop empty clips")
+    if isinstance(waveform, np.ndarray):
+        # A copy: torch shares neither negative strides nor foreign byte order, and warns about read-only arrays.
+        with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused below
+            waveform = torch.from_numpy(np.array(waveform, dtype=np.float32))
+    samples = waveform.detach().to("cpu", torch.float32)
+    if not samples.isfinite().all():
+        raise BadInput(where, f"NaN or infinity in clip {number}", "finite samples", "look at how the clip was decoded")
+    return samples
