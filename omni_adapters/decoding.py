@@ -91,8 +91,9 @@ class Drivable(Protocol):
     anatomy: Anatomy
 
     def plan(self, where: str, idx: Tensor, soft_tokens: SoftTokens | None, kwargs: dict[str, Any],
-             text_lens: Tensor | None = None) -> tuple[Splice | None, Tensor]: ...
+             text_lens: Tensor | None = None, exact: bool = False) -> tuple[Splice | None, Tensor]: ...
     def run(self, splice: Splice | None, fused_idx: Tensor, targets: Tensor | None, kwargs: dict[str, Any]) -> Any: ...
+    def dtype(self) -> torch.dtype: ...
 
 
 class Decoder:
@@ -110,7 +111,7 @@ class Decoder:
         anatomy = host.anatomy
         self.kwargs: dict[str, Any] = {}
         if anatomy.cache == "kv_cache" and anatomy.cache_shape is not None:
-            self.kwargs = {"kv_cache": KVCache(idx.size(0), room, anatomy.cache_shape, idx.device, anatomy.dtype)}
+            self.kwargs = {"kv_cache": KVCache(idx.size(0), room, anatomy.cache_shape, idx.device, host.dtype())}
         elif anatomy.cache == "past_key_values":
             self.kwargs = {"past_key_values": None, "use_cache": True}
 
@@ -130,7 +131,8 @@ class Decoder:
         return self.start()
 
     def run(self, idx: Tensor, soft_tokens: SoftTokens | None, text_lens: Tensor | None) -> Tensor:
-        splice, fused_idx = self.host.plan("SoftTokenPrepender.generate", idx, soft_tokens, self.kwargs, text_lens)
+        where = "SoftTokenPrepender.generate"
+        splice, fused_idx = self.host.plan(where, idx, soft_tokens, self.kwargs, text_lens, exact=True)
         result = self.host.run(splice, fused_idx, None, self.kwargs)
         if "past_key_values" in self.kwargs:
             self.kwargs["past_key_values"] = result.past_key_values

@@ -25,6 +25,9 @@ class Features(NamedTuple):
 def check_form(where: str, features: Features, width: int | None = None, todo: str = "") -> None:
     """Refuse what the shapes and dtypes alone can show to be wrong. Costs nothing and traces under torch.compile."""
     values, lens = features
+    if not isinstance(lens, Tensor):
+        raise BadInput(where, f"lens {lens!r:.40}", f"an int64 tensor {shape([values.size(0)])}",
+                       "one length per row of values")
     if values.ndim != 3 or not values.is_floating_point():
         raise BadInput(where, f"feature values {shape(values.shape)} of {values.dtype}",
                        f"a floating-point tensor {shape(['B', 'T', width or 'd'])}", todo)
@@ -67,6 +70,8 @@ def valid_steps(features: Features) -> Tensor:
 
 def full(values: Tensor) -> Features:
     """Features of a plain (B, T, d) tensor, every step valid."""
+    if values.ndim < 2:  # check_form has words for it
+        return Features(values, torch.zeros(0, dtype=torch.int64, device=values.device))
     lens = torch.full((values.size(0),), values.size(1), dtype=torch.int64, device=values.device)
     return Features(values, lens)
 

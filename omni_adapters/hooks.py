@@ -31,6 +31,7 @@ class Bound:
     soft_tokens: SoftTokens
     insert_at: int
     num_soft: int                 # soft tokens of one row
+    heard: bool = False           # its prefill has come
     splice: Splice | None = None
     tail: Tensor | None = None    # (B,) bool, rows whose last slot so far is soft
 
@@ -80,13 +81,14 @@ class HostHooks:
         """gpt(idx, …) with the hooks awake; inert again whatever happens."""
         if splice is not None and not torch.compiler.is_compiling():
             self.remember(idx, splice)
-            if kwargs.get("kv_cache") is not None and self.anatomy.smear_gate is not None:
-                self.tails[kwargs["kv_cache"]] = splice.soft[:, -1]
         self.busy, self.splice = True, splice
         try:
-            return gpt(idx, *args, **kwargs)
+            result = gpt(idx, *args, **kwargs)
         finally:
             self.busy, self.splice = False, None
+        if kwargs.get("kv_cache") is not None:  # only now: a forward that failed has not moved the cache
+            self.remember_tail(kwargs["kv_cache"], splice)
+        return result
 
     def run_for_hidden(self, gpt: nn.Module, splice: Splice | None, idx: Tensor) -> Tensor:
         """What the head would have read, (B, T, n_embd); the head itself gets one position."""
@@ -118,6 +120,13 @@ class HostHooks:
 
         past.append((weakref.ref(idx, forget), splice))
 
+    def remember_tail(self, kv_cache: Any, splice: Splice | None) -> None:
+        """Which rows of a cache end on a soft token: the text that comes next must not be smeared with it."""
+        if splice is not None and splice.rows is not None:
+            self.tails[kv_cache] = splice.soft[:, -1]
+        else:
+            self.tails.pop(kv_cache, None)
+
     def current(self, idx: Tensor | None = None) -> Splice | None:
         """The splice of the forward this hook fires in; None where there is nothing to do."""
         if self.busy:
@@ -143,13 +152,13 @@ class HostHooks:
         bound.splice = None
         if bound.num_soft == 0:
             return
-        if idx.size(1) == 1:
+        if idx.size(1) == 1 and (bound.heard or bound.num_soft > 1):
             if bound.tail is not None:  # a batch may grow after a prefill of one row
                 bound.splice = text_after(bound.tail.expand(idx.size(0)), idx)
                 bound.tail = None
             return
         bound.splice = recognise("SoftTokenPrepender.bind", idx, bound.soft_tokens, bound.insert_at, self.anatomy.n_embd)
-        bound.tail = bound.splice.soft[:, -1]
+        bound.tail, bound.heard = bound.splice.soft[:, -1], True
         self.remember(idx, bound.splice)
 
     # ---- hooks ------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def prepend(num_text: int, num_soft: int, insert_at: int = 0) -> Row:
     text_at = tuple(position + num_soft * (position >= insert_at) for position in range(num_text))
     soft_at = tuple(range(insert_at, insert_at + num_soft))
     length = num_text + num_soft
-    before_next = [*text_at[1:], length]
+    before_next = [*text_at[1:], length][:num_text]
     return Row(text_at, (soft_at,), tuple(slot - 1 for slot in before_next), length)
 
 

@@ -75,6 +75,7 @@ class SoftTokenPrepender(nn.Module):
             raise BadInput("SoftTokenPrepender", f"insert_at = {insert_at}", "insert_at ≥ 0")
         refuse_second(gpt)
         self.anatomy: Anatomy = discover_anatomy(gpt)
+        self.wte_dtype = table(unwrap(gpt), self.anatomy.wte).weight.dtype
         self.gpt, self.insert_at, self.value_embeds = gpt, insert_at, value_embeds
         self.check_values, self.pad_to = True, None
         self.side_rows = nn.ParameterDict()
@@ -125,7 +126,7 @@ class SoftTokenPrepender(nn.Module):
         """The prompt with one id per soft token, so that a foreign engine sizes its cache right: the placeholder's own
         id in placeholder mode (which must then lie inside the vocabulary), id 0 for a prefix."""
         where = "SoftTokenPrepender.expand"
-        splice, fused_idx = self.plan(where, as_row(where, tokens, self.device()), soft_tokens, {})
+        splice, fused_idx = self.plan(where, as_row(where, tokens, self.device()), soft_tokens, {}, exact=True)
         if splice is None or not isinstance(soft_tokens, Mapping):
             return fused_idx[0].tolist()
         for key in soft_tokens:
@@ -158,26 +159,36 @@ class SoftTokenPrepender(nn.Module):
     # ---- plan and run ---------------------------------------------------------------------------------------------
 
     def plan(self, where: str, idx: Tensor, soft_tokens: SoftTokens | None, gpt_kwargs: Mapping[str, Any],
-             text_lens: Tensor | None = None) -> tuple[Splice | None, Tensor]:
+             text_lens: Tensor | None = None, exact: bool = False) -> tuple[Splice | None, Tensor]:
         """Check the input and lay it out: (splice, fused_idx). Where no row has a soft token that is (None, idx).
 
-        text_lens (B,) crops rows of right-padded text, which then take up no slots.
+        text_lens (B,) crops rows of right-padded text, which then take up no slots. exact leaves out `pad_to`'s padding,
+        which decoding would take for tokens.
         """
         self.check_attached(where)
         if idx.ndim != 2 or idx.dtype not in (torch.int64, torch.int32):
-            raise BadInput(where, f"idx {shape(idx.shape)} of {idx.dtype}", "int64 ids (B, T)")
+            raise BadInput(where, f"idx {shape(idx.shape)} of {idx.dtype}", "int64 ids (B, T)", "one prompt is idx[None]")
         columns = self.columns(where, idx, soft_tokens)
         kv_cache = gpt_kwargs.get("kv_cache")
         start = 0 if kv_cache is None else int(kv_cache.get_pos())
         if columns is None:
             self.check_room(where, start, idx.size(1), 0)
-            tail = None if kv_cache is None else self.hooks.tails.pop(kv_cache, None)
+            tail = None if kv_cache is None else self.hooks.tails.get(kv_cache)
             return (None if tail is None else text_after(tail, idx)), idx
         if text_lens is not None:
             columns = crop_text(columns, text_lens)
-        T_fused = self.fused_length(where, idx, columns, soft_tokens)
+            if not isinstance(soft_tokens, Mapping):
+                layout.check_insert_at(where, int(text_lens.min()), self.insert_at)
+        if torch.compiler.is_compiling():
+            T_fused = self.static_length(where, idx, columns, soft_tokens)
+        else:
+            T_fused = self.fused_length(where, columns, exact, kv_cache)
         self.check_room(where, start, idx.size(1), T_fused - idx.size(1))
-        return fuse(idx, columns, T_fused)
+        splice, fused_idx = fuse(idx, columns, T_fused)
+        tail = None if kv_cache is None else self.hooks.tails.get(kv_cache)
+        if tail is not None:
+            splice.edge[:, 0] |= tail
+        return splice, fused_idx
 
     def columns(self, where: str, idx: Tensor, soft_tokens: SoftTokens | None) -> Columns | None:
         """Soft tokens in any of their forms → columns, or None if there is not one."""
@@ -201,13 +212,20 @@ class SoftTokenPrepender(nn.Module):
             columns = prefix_columns(idx, features, self.insert_at)
         return columns if columns.flat.size(0) else None
 
-    def fused_length(self, where: str, idx: Tensor, columns: Columns, soft_tokens: SoftTokens | None) -> int:
-        """Slots of the longest row. Under torch.compile a bound that shapes alone give, or `pad_to`."""
-        if not torch.compiler.is_compiling():
-            needed = int((columns.text + columns.soft).sum(dim=1).max())
-            if self.pad_to is not None and needed > self.pad_to:
-                raise BadInput(where, f"a fused row of {needed} slots", f"at most pad_to = {self.pad_to}", "raise pad_to")
-            return needed if self.pad_to is None else self.pad_to
+    def fused_length(self, where: str, columns: Columns, exact: bool, kv_cache: Any) -> int:
+        """Slots of the longest row, padded to `pad_to` unless they go into a cache."""
+        lengths = (columns.text + columns.soft).sum(dim=1).tolist()
+        if kv_cache is not None and min(lengths) < max(lengths):
+            raise BadInput(where, f"rows of {lengths} slots for one KV cache", "rows of one length, since a cache has one "
+                           "position", "use omni_adapters.generate.generate_batch, which groups them")
+        if exact or kv_cache is not None or self.pad_to is None:
+            return max(lengths)
+        if max(lengths) > self.pad_to:
+            raise BadInput(where, f"a fused row of {max(lengths)} slots", f"at most pad_to = {self.pad_to}", "raise pad_to")
+        return self.pad_to
+
+    def static_length(self, where: str, idx: Tensor, columns: Columns, soft_tokens: SoftTokens | None) -> int:
+        """Under torch.compile: `pad_to`, or the bound that shapes alone give."""
         if self.pad_to is not None:
             return self.pad_to
         if isinstance(soft_tokens, Mapping):
@@ -240,7 +258,7 @@ class SoftTokenPrepender(nn.Module):
         if not isinstance(features, Features):
             came = shape(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise BadInput(where, f"soft tokens {came}", f"a tensor {shape(['B', 'T_soft', n_embd])}, Features, or a dict "
-                           "from placeholder id to those")
+                           "from placeholder id to those", "pad ragged rows with pad_rows(rows)")
         if features.values.device != device:
             raise BadInput(where, f"soft tokens on {features.values.device}", f"{device}, where idx is",
                            f"move them with features_to(soft_tokens, {str(device)!r})")
@@ -273,7 +291,7 @@ class SoftTokenPrepender(nn.Module):
              text_lens: Tensor | None = None) -> int:
         """Positions that a prompt and `max_tokens` behind it take up, refused where the GPT has not as many."""
         with torch.inference_mode():
-            _, fused_idx = self.plan(where, idx, soft_tokens, {}, text_lens)
+            _, fused_idx = self.plan(where, idx, soft_tokens, {}, text_lens, exact=True)
         num_text = idx.size(1) + max_tokens
         self.check_room(where, 0, num_text, fused_idx.size(1) - idx.size(1))
         return fused_idx.size(1) + max_tokens
@@ -289,6 +307,11 @@ class SoftTokenPrepender(nn.Module):
             raise BadInput(where, f"{targets.numel()} targets that are all {IGNORE}", "at least one graded text token",
                            "look at the chat template and the mask: the mean loss of nothing is NaN")
         return targets
+
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states: as probed, unless the GPT has been cast since."""
+        now = table(unwrap(self.gpt), self.anatomy.wte).weight.dtype
+        return self.anatomy.dtype if now == self.wte_dtype else now
 
     def device(self) -> torch.device:
         return table(unwrap(self.gpt), self.anatomy.wte).weight.device

@@ -83,4 +83,4 @@ def stack_frames(features: Features, stack: int) -> Features:
     values = torch.where(valid_steps(features).unsqueeze(-1), values, values.new_zeros(()))
     B, T, d = values.shape
     values = F.pad(values, (0, 0, 0, -T % stack))
-    return Features(values.reshape(B, -1, stack * d), (lens + stack - 1) // stack)
+    return Features(values.reshape(B, values.size(1) // stack, stack * d), (lens + stack - 1) // stack)

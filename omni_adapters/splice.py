@@ -100,7 +100,7 @@ def fuse(idx: Tensor, columns: Columns, T_fused: int) -> tuple[Splice, Tensor]:
     spare = slot % flat.size(0)
     source = torch.where(is_soft, first.gather(1, column) + offset - own, spare)
     rows = flat.index_select(0, source.flatten()).unflatten(0, source.shape)              # (B, T_fused, n_embd)
-    fused_idx = torch.where(is_text, idx.gather(1, (column - 1).clamp(min=0)), FILLER)
+    fused_idx = torch.where(is_text, F.pad(idx, (1, 0)).gather(1, column), FILLER)
     answer = (end[:, 1:] - 1).clamp(0, T_fused - 1)
     return Splice(is_soft, edges(is_soft), rows, answer), fused_idx
 
@@ -140,9 +140,10 @@ def recognise(where: str, idx: Tensor, soft_tokens: SoftTokens, insert_at: int, 
 
 def recognise_clips(where: str, idx: Tensor, clips: Mapping[int, Features | Tensor], n_embd: int) -> Splice:
     soft = torch.zeros_like(idx, dtype=torch.bool)
-    rows = torch.zeros(*idx.shape, n_embd, device=idx.device)
-    for key, clip in clips.items():
-        flat = valid_rows(clip)
+    bound = {key: valid_rows(clip) for key, clip in clips.items()}
+    dtype = next((flat.dtype for flat in bound.values()), torch.float32)
+    rows = torch.zeros(*idx.shape, n_embd, device=idx.device, dtype=dtype)
+    for key, flat in bound.items():
         number = (idx == key).cumsum(dim=1) - 1  # tokens generated later may repeat the id: they come after the clips
         here = (idx == key) & (number < flat.size(0))
         counts = here.sum(dim=1).tolist()

@@ -1,4 +1,4 @@
-"""What the test files share: two threads, hypothesis without a clock, and one tiny GPT in which every feature is at work."""
+"""What the test files share: one thread, hypothesis without a clock, and one tiny GPT in which every feature is at work."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from hypothesis import settings
 
 from omni_adapters.reference_gpt import GPT
 
-torch.set_num_threads(2)
 # No deadline: a first call warms torch up. The same examples on every run: a red build is a change of the code.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 TINY = {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "vocab_size": 50, "sequence_len": 64}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """On tensors this small a second thread gains nothing, and beside other work its spinning costs up to 20 ×."""
+    torch.set_num_threads(1)
 
 
 def tiny_gpt(dtype: torch.dtype = torch.float32, **sizes: Any) -> GPT:

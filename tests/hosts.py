@@ -26,17 +26,18 @@ from omni_adapters.reference_gpt import GPT, GPTConfig
 def randomise(model: nn.Module, seed: int = 0, head_std: float = 0.3) -> nn.Module:
     """Draw every parameter: no feature stays at a zero that would hide a mistake, and logits spread over some units.
 
-    Matrices into the residual stream and out of it have variance 1 / fan_in, tables variance 1, vectors mean as they were
-    and a spread of 0.2, the head `head_std`.
+    Matrices have variance 1 / fan_in, tables variance 1, the head standard deviation `head_std`; biases spread by 0.2 around
+    zero, other vectors and scalars by 0.2 around what they were.
     """
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=rng)
+        owner = model.get_submodule(name.rpartition(".")[0])
         if "lm_head" in name:
             new = head_std * noise
         elif parameter.ndim < 2:
-            new = parameter.float() + 0.2 * noise
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            new = 0.2 * noise if isinstance(owner, nn.Linear) else parameter.float() + 0.2 * noise
+        elif isinstance(owner, nn.Embedding):
             new = noise
         else:
             new = noise / parameter.size(1) ** 0.5
@@ -166,6 +167,7 @@ class BigramConfig:
     softcap: float | None = 15.0
     checkpointed: bool = False    # blocks run under activation checkpointing
     reentrant: bool = False
+    bigram_first: bool = False    # inside a block the bigram table is read before the value table
 
 
 class BigramTable(nn.Module):
@@ -190,9 +192,11 @@ class BigramBlock(nn.Module):
         self.bigram = BigramTable(config)
         self.mix = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.bigram_first = config.bigram_first
 
     def forward(self, x: Tensor, idx: Tensor) -> Tensor:
-        y = torch.tanh(self.mix(x)) * (1 + self.values(idx)) + self.bigram(idx)
+        bigram = self.bigram(idx) if self.bigram_first else None
+        y = torch.tanh(self.mix(x)) * (1 + self.values(idx)) + (self.bigram(idx) if bigram is None else bigram)
         steps = torch.arange(1, x.size(1) + 1, device=x.device, dtype=x.dtype).unsqueeze(-1)
         return x + self.out(y.cumsum(dim=1) / steps)
 

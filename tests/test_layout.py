@@ -26,7 +26,7 @@ PLACEHOLDERS = 7, 8   # ids of two modalities
 TEXT = 100            # id of text position 0
 
 
-# ---- by hand ------------------------------------------------------------------------------------------------------------
+# ---- by hand ----------------------------------------------------------------------------------------------------------
 
 
 def prepended(num_text: int, num_soft: int, insert_at: int) -> tuple[Slots, list[int]]:
@@ -76,7 +76,7 @@ def check_row(row: Row, slots: Slots, answers: list[int]) -> None:
             assert position == 0 or slot == row.answer_at[position - 1] + 1, "right before the next text token"
 
 
-# ---- the integers ---------------------------------------------------------------------------------------------------------
+# ---- the integers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_text", range(MOST_TEXT + 1))
@@ -150,7 +150,7 @@ def test_what_has_no_layout_is_refused_in_words(call: object, message: str) -> N
     assert str(error.value) == message
 
 
-# ---- the tensors ----------------------------------------------------------------------------------------------------------
+# ---- the tensors ------------------------------------------------------------------------------------------------------
 
 
 def numbered(num_clips: int, num_frames: int, lens: Sequence[int], kind: int = 0) -> Features:
@@ -238,12 +238,12 @@ def test_tensors_put_every_small_pattern_alone_where_the_integers_do(num_text: i
 
 @pytest.mark.parametrize("insert_at", [0, 1, 2])
 def test_cropped_text_takes_up_no_slot_behind_a_prefix(insert_at: int) -> None:
-    """Every text length in one right-padded batch; a row shorter than insert_at ends on its prefix."""
-    cases = list(product(range(MOST_TEXT + 1), range(MOST_SOFT + 1)))
+    """Every text length from insert_at on, times every soft length, in one right-padded batch."""
+    cases = list(product(range(insert_at, MOST_TEXT + 1), range(MOST_SOFT + 1)))
     idx = text_ids(len(cases), MOST_TEXT)
     lens = torch.tensor([num_text for num_text, _ in cases])
     columns = splice.prefix_columns(idx, numbered(len(cases), MOST_SOFT, [n for _, n in cases]), insert_at)
-    rows = [layout.prepend(num_text, n, min(insert_at, num_text)) for num_text, n in cases]
+    rows = [layout.prepend(num_text, n, insert_at) for num_text, n in cases]
     check_fused(idx, splice.crop_text(columns, lens), [(named(row.source(), [(0, number)]), list(row.answer_at))
                                                        for number, row in enumerate(rows)], spare=1)
 
