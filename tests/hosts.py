@@ -80,7 +80,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-# ---- nanoGPT -----------------------------------------------------------------------------------------------------------
+# ---- nanoGPT ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -131,7 +131,7 @@ class NanoGPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         T = idx.size(1)
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"{T} positions in a block of {self.config.block_size}")
         positions = torch.arange(T, device=idx.device)
         positions = positions if self.config.flat_positions else positions.unsqueeze(0)
@@ -154,7 +154,7 @@ def nano_gpt(seed: int = 0, **config: Any) -> NanoGPT:
     return model
 
 
-# ---- tables fed by something computed from ids, and tables inside blocks ----------------------------------------------------
+# ---- tables fed by something computed from ids, and tables inside blocks ---------------------------------------------
 
 
 @dataclass
@@ -234,7 +234,7 @@ def bigram_gpt(seed: int = 0, **config: Any) -> BigramGPT:
     return model
 
 
-# ---- transformers ----------------------------------------------------------------------------------------------------------
+# ---- transformers ----------------------------------------------------------------------------------------------------
 
 
 def tiny_hf(seed: int = 0, **config: Any) -> nn.Module:
@@ -249,7 +249,7 @@ def tiny_hf(seed: int = 0, **config: Any) -> nn.Module:
     return model.eval()
 
 
-# ---- how nanochat's Engine calls a model --------------------------------------------------------------------------------------
+# ---- how nanochat's Engine calls a model -----------------------------------------------------------------------------
 
 
 class EngineCache:

@@ -21,8 +21,6 @@ from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
 
-torch.set_num_threads(2)
-
 P, Q = 500, 501
 LOGITS, LOSS = 5e-5, 5e-6
 
@@ -108,7 +106,7 @@ def compare(backend: str, gpt: nn.Module, kind: str, **options: Any) -> None:
         assert torch.equal(mine, theirs)
 
 
-# ---- the compiled prepender --------------------------------------------------------------------------------------------
+# ---- the compiled prepender ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,7 +241,7 @@ def test_a_training_loop_of_projector_and_prepender() -> None:
     assert len(set(steps[0].tolist())) == 4
 
 
-# ---- refusals while tracing ---------------------------------------------------------------------------------------------------
+# ---- refusals while tracing ------------------------------------------------------------------------------------------
 
 
 REFUSED = {
@@ -263,22 +261,22 @@ def test_what_shapes_show_to_be_wrong_is_refused(case: str) -> None:
     idx, targets = text()
     bare = gpt(idx, targets)
     compiled = torch.compile(prepender, backend="eager", fullgraph=True, dynamic=False)
-    with pytest.raises(Exception) as error:  # noqa: PT011 - dynamo wraps what is raised while it traces
+    with pytest.raises(Exception) as error:  # dynamo wraps what is raised while it traces
         compiled(*build())
-    assert isinstance(error.value, BadInput) or said in str(error.value)
+    assert said in str(error.value)
     assert torch.equal(gpt(idx, targets), bare) and torch.equal(prepender(idx, targets), bare)
     soft = values(2, 2, 32)
     close(compiled(idx, targets, soft), prepender(idx, targets, soft), LOSS)
 
 
-# ---- compiled hosts ---------------------------------------------------------------------------------------------------------
+# ---- compiled hosts --------------------------------------------------------------------------------------------------
 
 
 def call_all(prepender: SoftTokenPrepender, width: int) -> list[Tensor]:
     """With soft tokens, without, with, from lengths that differ; logits and loss."""
     came = []
     with torch.no_grad():
-        for idx, targets, soft in ragged_batches(width):
+        for idx, targets, soft in ragged_batches(width)[:2]:
             came += [logits_of(prepender(idx, None, soft)), logits_of(prepender(idx))]
             loss = prepender(idx, targets, soft)
             came.append(loss[1] if type(loss) is tuple else loss)
@@ -303,7 +301,7 @@ def test_a_compiled_host_hears(build: Callable[[], nn.Module], how: str, warm: b
             block.compile(backend="eager", dynamic=False)
     if warm:
         with torch.no_grad():
-            for T in (2, 6, 7, 8, 9):
+            for T in (6, 8, 9):  # the lengths that follow, fused and bare
                 idx, targets = text(T=T)
                 gpt(idx)
                 gpt(idx, targets)

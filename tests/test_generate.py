@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import bigram_gpt, engine, fingerprint, nano_gpt, reference, tiny_hf
+from hosts import EngineCache, bigram_gpt, engine, fingerprint, nano_gpt, reference, tiny_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from omni_adapters.anatomy import logits_of
 from omni_adapters.features import Features, pad_rows
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.shapes import BadInput
-
-torch.set_num_threads(2)
 
 STEPS = 8
 PROMPT = [5, 17, 3, 41, 8]
@@ -70,6 +68,12 @@ def again_each_step(prepender: SoftTokenPrepender, tokens: list[int], soft: Any,
     return ids[len(tokens) :]
 
 
+def again_logits(prepender: SoftTokenPrepender, tokens: list[int], soft: Any, ids: list[int]) -> Tensor:
+    """Logits (1, vocab_size) after a prompt and what was generated behind it."""
+    with torch.no_grad():
+        return logits_of(prepender(torch.tensor([tokens + ids]), None, soft))[:, -1]
+
+
 def set_up(host: str, place: str, seed: int = 0) -> tuple[nn.Module, SoftTokenPrepender, list[int], Any]:
     gpt = HOSTS[host](seed).eval()
     width = {"reference": 32, "transformers": 32}.get(host, 24)
@@ -77,13 +81,13 @@ def set_up(host: str, place: str, seed: int = 0) -> tuple[nn.Module, SoftTokenPr
     return gpt, SoftTokenPrepender(gpt, **options), tokens, soft
 
 
-# ---- greedy ------------------------------------------------------------------------------------------------------------
+# ---- greedy ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("host", HOSTS)
 def test_greedy_equals_the_full_forward_token_for_token(host: str, place: str) -> None:
-    gpt, prepender, tokens, soft = set_up(host, place, seed=2)
+    _, prepender, tokens, soft = set_up(host, place, seed=2)
     came = list(prepender.generate(tokens, soft, max_tokens=STEPS, temperature=0.0))
     assert came == again_each_step(prepender, tokens, soft)
     assert len(came) == STEPS and all(type(token) is int for token in came)
@@ -106,7 +110,7 @@ def test_logits_of_cached_steps_equal_the_full_forward() -> None:
     """Not only the best id: prefill and each cached step, to 1e-5 of logits within ±15 (fp32, two layers)."""
     from omni_adapters.decoding import Decoder
 
-    gpt, prepender, tokens, soft = set_up("reference", "prompt ends in a clip")
+    _, prepender, tokens, soft = set_up("reference", "prompt ends in a clip")
     with torch.inference_mode():
         decoder = Decoder(prepender, torch.tensor([tokens]), soft, 64)
         logits, ids = decoder.start(), list(tokens)
@@ -117,7 +121,7 @@ def test_logits_of_cached_steps_equal_the_full_forward() -> None:
 
 
 def test_bf16_and_autocast_generate() -> None:
-    gpt, prepender, tokens, soft = set_up("reference", "prefix")
+    _, prepender, tokens, soft = set_up("reference", "prefix")
     with torch.autocast("cpu", torch.bfloat16):
         assert len(list(prepender.generate(tokens, soft, max_tokens=3, temperature=0.0))) == 3
     low = SoftTokenPrepender(reference().bfloat16())
@@ -143,12 +147,12 @@ def test_a_generated_placeholder_id_is_text(host: str) -> None:
             assert list(engine(gpt, expanded, 2, 4)) == [[P, P]] * 4
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["reference", "nano_gpt", "transformers"])
 def test_seeds(host: str) -> None:
-    gpt, prepender, tokens, soft = set_up(host, "prefix")
+    _, prepender, tokens, soft = set_up(host, "prefix")
     state = torch.get_rng_state()
 
     def draw(seed: int, **options: Any) -> list[int]:
@@ -165,7 +169,7 @@ def test_seeds(host: str) -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_top_k_draws_from_the_k_best(top_k: int) -> None:
-    gpt, prepender, tokens, soft = set_up("reference", "clips")
+    _, prepender, tokens, soft = set_up("reference", "clips")
     came = list(prepender.generate(tokens, soft, max_tokens=12, temperature=2.0, top_k=top_k))
     ids = list(tokens)
     ranks = []
@@ -187,7 +191,7 @@ def test_sampling_draws_what_the_hosts_own_generate_draws() -> None:
         assert list(prepender.generate(tokens, soft, max_tokens=10, temperature=0.9, seed=seed)) == heard
 
 
-# ---- a stream -------------------------------------------------------------------------------------------------------------
+# ---- a stream --------------------------------------------------------------------------------------------------------
 
 
 def count_forwards(gpt: nn.Module) -> list[int]:
@@ -263,7 +267,7 @@ def test_a_removed_prepender_refuses_at_the_call() -> None:
 
 @pytest.mark.parametrize(("host", "limit"), [("reference", 640), ("nano_gpt", 48), ("transformers", 64)])
 def test_the_table_of_positions_is_used_to_its_end_and_not_beyond(host: str, limit: int) -> None:
-    gpt, prepender, tokens, soft = set_up(host, "prefix")
+    _, prepender, tokens, soft = set_up(host, "prefix")
     soft = noise(limit - len(tokens) - 3, soft.size(-1))
     assert len(list(prepender.generate(tokens, soft, max_tokens=3, temperature=0.0))) == 3
     with pytest.raises(BadInput) as error:
@@ -272,7 +276,7 @@ def test_the_table_of_positions_is_used_to_its_end_and_not_beyond(host: str, lim
     assert f"{limit + 1} in all" in said and f"at most {limit}" in said and "Projector(stack=" in said
 
 
-# ---- state ------------------------------------------------------------------------------------------------------------------
+# ---- state -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["prefix", "prompt ends in a clip"])
@@ -297,7 +301,7 @@ def test_a_half_consumed_stream_leaves_nothing_behind(host: str, place: str) -> 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_streams_run_side_by_side(host: str) -> None:
-    gpt, prepender, tokens, soft = set_up(host, "clips")
+    _, prepender, tokens, soft = set_up(host, "clips")
     calls = [(tokens, soft), ([5, P, 9], {P: noise(2, prepender.anatomy.n_embd, 9)}), (PROMPT, None)]
     alone = [list(prepender.generate(*call, max_tokens=5)) for call in calls]
     streams = [prepender.generate(*call, max_tokens=5) for call in calls]
@@ -305,7 +309,7 @@ def test_streams_run_side_by_side(host: str) -> None:
 
 
 def test_a_dropped_stream_frees_its_cache() -> None:
-    gpt, prepender, tokens, soft = set_up("reference", "prefix")
+    _, prepender, tokens, soft = set_up("reference", "prefix")
     stream = prepender.generate(tokens, soft, max_tokens=STEPS)
     next(stream)
     caches = [weakref.ref(thing) for thing in gc.get_objects() if type(thing).__name__ == "KVCache"]
@@ -322,7 +326,8 @@ def test_repeated_calls_hold_no_memory() -> None:
 
     def rows_alive() -> int:
         gc.collect()
-        return sum(1 for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.shape == (1, ids.size(1), 32))
+        tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+        return sum(1 for tensor in tensors if tensor.shape == (1, ids.size(1), 32))
 
     with prepender.bind(soft), torch.no_grad():
         gpt(ids)
@@ -332,7 +337,26 @@ def test_repeated_calls_hold_no_memory() -> None:
         assert rows_alive() <= before + 1
 
 
-# ---- foreign engines inside bind -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("place", ["prefix", "after the prompt", "prompt ends in a clip"])
+def test_a_cache_copied_to_more_rows(place: str) -> None:
+    """An engine written upon the prepender: prefill of one row, its cache copied into every row of a larger one."""
+    gpt, prepender, tokens, soft = set_up("reference", place, seed=3)
+    expected = again_each_step(prepender, tokens, soft, 4)
+    one, many = EngineCache(1, 32, gpt), EngineCache(3, 32, gpt)
+    came = []
+    with torch.inference_mode():
+        logits = prepender(torch.tensor([tokens]), None, soft, kv_cache=one).expand(3, -1, -1)
+        many.copy_from(one)
+        for _ in range(4):
+            ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+            came.append(ids[:, 0].tolist())
+            logits = prepender(ids, kv_cache=many)
+    again = again_logits(prepender, tokens, soft, expected).expand(3, -1)
+    torch.testing.assert_close(logits[:, -1], again, rtol=0, atol=1e-5)
+    assert came == [[token] * 3 for token in expected]
+
+
+# ---- foreign engines inside bind -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", FOREIGN)
@@ -430,7 +454,7 @@ def test_our_own_calls_inside_bind_are_our_own() -> None:
 
 
 def test_expand() -> None:
-    gpt, prepender, tokens, soft = set_up("reference", "clips")
+    gpt, prepender, _, soft = set_up("reference", "clips")
     assert prepender.expand([5, P, 3, Q, P, 8], soft) == [5, P, P, 3, Q, P, P, P, 8]
     assert prepender.expand([5, 6], noise(3, 32)) == [0, 0, 0, 5, 6]
     assert prepender.expand([5, 6], Features(noise(3, 32), torch.tensor([2]))) == [0, 0, 5, 6]

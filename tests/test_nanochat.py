@@ -41,7 +41,7 @@ class Version(NamedTuple):
     wte_is_bf16: bool = False   # runs under autocast only
     autocast: bool = True       # its scripts run it under autocast
     windows: bool = False       # cached decode heeds sliding windows (a bug before 3ba42e8)
-    cache_is_exact: bool = True # False: cached steps cannot see their left neighbour, and hash another bigram than a full forward
+    cache_is_exact: bool = True # False: a cached step does not see its neighbour, and hashes another bigram
     engine_fails: str = ""      # mode in which its Engine makes a cache of another dtype and fails, bare too
     borrow: str = ""            # commit to take flash_attention.py from, where its own was forgotten
 
@@ -71,7 +71,7 @@ def modes(version: Version) -> list[str]:
     return ["autocast"] if version.wte_is_bf16 else ["float32", "autocast"]
 
 
-# ---- in the parent: one child per commit and mode, one pytest case per check ---------------------------------------------------
+# ---- in the parent: one child per commit and mode, one pytest case per check -----------------------------------------
 
 
 CHECKS: dict[str, Callable[[Any], None]] = {}
@@ -122,11 +122,16 @@ def run_child(version: Version, mode: str, folder: Path) -> dict[str, str]:
 
 
 def pytest_cases() -> list[Any]:
+    if "NANOCHAT_DIR" not in os.environ:
+        unset = pytest.mark.skip("NANOCHAT_DIR names no git checkout of nanochat")
+        return [pytest.param(None, "", "", marks=unset, id="unset")]
+    idle = {version: {"sliding_windows": not version.windows, "smear_is_for_text_only": not version.smear}
+            for version in VERSIONS}
     return [pytest.param(version, mode, name, id=f"{version.commit}-{mode}-{name}")
-            for version, mode in CASES for name in CHECKS]
+            for version, mode in CASES for name in CHECKS if not idle[version].get(name)]
 
 
-# ---- in the child ----------------------------------------------------------------------------------------------------------
+# ---- in the child ----------------------------------------------------------------------------------------------------
 
 
 class Stub(types.ModuleType):
@@ -390,7 +395,6 @@ def rows_of_wte_equal_the_plain_forward(bench: Bench) -> None:
         x, w = read[0].float().abs(), gpt.lm_head.weight.float().abs()
         bound = float(2 * WIDTH * 2**-24 * (x @ w.T).max()) + (bench.low_precision and 3 * 2**-8 * 20)
         torch.testing.assert_close(ours.float(), logits[:, answers].float(), rtol=0, atol=bound)
-        FACTS[f"logits bit-equal at insert_at={insert_at}"] = torch.equal(ours, logits[:, answers])
 
 
 @check
@@ -486,10 +490,8 @@ def sliding_windows(bench: Bench) -> None:
         greedy(bench, PROMPT, bench.soft(80))
 
 
-FACTS: dict[str, Any] = {}
 
 
-@pytest.mark.skipif("NANOCHAT_DIR" not in os.environ, reason="NANOCHAT_DIR names no git checkout of nanochat")
 @pytest.mark.parametrize(("version", "mode", "name"), pytest_cases())
 def test_nanochat(version: Version, mode: str, name: str, outcome: Callable[[Version, str], dict[str, str]]) -> None:
     report = outcome(version, mode)
@@ -513,7 +515,6 @@ def main(folder: str, number: int, mode: str) -> None:
             report[name] = ""
         except Exception:
             report[name] = traceback.format_exc()[-3000:]
-    report["facts"] = json.dumps(FACTS)
     print()
     print(json.dumps(report))
 

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from omni_adapters.features import Features
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
-
-torch.set_num_threads(2)
 
 P = 127  # inside wte, outside the vocabulary
 EXACT = {"rtol": 0, "atol": 1e-6}  # gradients of order 0.1 to 1, whose sums run in the same order or nearly so
@@ -91,7 +89,7 @@ def loss_of(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result.loss
 
 
-# ---- activation checkpointing -----------------------------------------------------------------------------------------------
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value_embeds", ["zero", "placeholder", "learned"])
@@ -303,8 +301,8 @@ class InParts(nn.Module):
 
 
 def test_trunk_and_head_checkpointed_apart() -> None:
-    """The head runs again before the trunk does. Equal, or an error; in no step a gradient of other slots, although batches of
-    one fused length follow each other, whose rows differ in theirs."""
+    """The head runs again before the trunk does. Equal, or an error; in no step a gradient of other slots, although
+    batches of one fused length follow each other, whose rows differ in theirs."""
     plain, prepender = SoftTokenPrepender(InParts(False)), SoftTokenPrepender(InParts(True))
     for seed in (1, 3, 5):
         idx, targets, soft = ragged(24, seed)
@@ -339,12 +337,12 @@ def test_finished_graphs_are_let_go() -> None:
         soft = noise(2, 5, 24)
         gradients(prepender(idx, targets, soft), prepender, soft)
         prepender(idx, targets, soft)  # never followed by a backward
-    assert fused_alive() <= 1
+    assert fused_alive() <= 2  # the last one may wait for its successor
     prepender.remove()
     assert fused_alive() == 0
 
 
-# ---- autocast ----------------------------------------------------------------------------------------------------------------
+# ---- autocast --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [reference, bigram_gpt, tiny_hf], ids=["reference", "bigram", "transformers"])
@@ -374,7 +372,7 @@ def test_soft_tokens_in_bf16_for_an_fp32_host_and_the_other_way() -> None:
         assert soft.grad is not None and soft.grad.dtype == soft_dtype and bool(soft.grad.isfinite().all())
 
 
-# ---- two processes ---------------------------------------------------------------------------------------------------------
+# ---- two processes ---------------------------------------------------------------------------------------------------
 
 
 class Ears(nn.Module):
@@ -442,7 +440,7 @@ def fsdp(case: str) -> dict[str, Tensor]:
 
 
 def fsdp_result(prepender: SoftTokenPrepender) -> dict[str, Tensor]:
-    """Two steps of a full fine-tune: loss, gradients of soft tokens and of some parameters; the bare forward; a generation."""
+    """Two steps of a full fine-tune: loss, gradients of soft tokens and of some parameters, and the bare forward."""
     idx, targets, soft = FSDP_BATCH
     for _ in range(2):
         prepender.zero_grad()
@@ -468,6 +466,7 @@ def generation(prepender: SoftTokenPrepender) -> dict[str, Tensor]:
     return {"ids": torch.tensor(list(prepender.generate([5, 6, 7], noise(1, 3, 32), max_tokens=5, temperature=0.0)))}
 
 
+Ranks = Callable[[str], list[dict[str, Tensor]]]
 CASES: dict[str, Callable[[int], dict[str, Tensor]]] = {
     "ddp zero": lambda rank: ddp(rank, "zero"),
     "ddp learned": lambda rank: ddp(rank, "learned"),
@@ -496,17 +495,17 @@ def process(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[dict[str, Tensor]]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
     results = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
 
-    def of(case: str) -> list[dict[str, Tensor]]:
+    def results_of(case: str) -> list[dict[str, Tensor]]:
         for rank in range(2):
             assert isinstance(results[rank][case], dict), results[rank][case]
         return [results[rank][case] for rank in range(2)]
 
-    yield of
+    return results_of
 
 
 def alike(came: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-6) -> None:
@@ -516,7 +515,7 @@ def alike(came: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e
 
 
 @pytest.mark.parametrize("value_embeds", ["zero", "learned"])
-def test_ddp_equals_one_process_on_the_joint_batch(value_embeds: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+def test_ddp_equals_one_process_on_the_joint_batch(value_embeds: str, ranks: Ranks) -> None:
     expected = ears_gradients(Ears(reference(), value_embeds), JOINT)
     assert {"projector.fc1.weight", "projector.fc2.weight"} <= expected.keys()
     assert any("side_rows" in name for name in expected) == (value_embeds == "learned")
@@ -525,14 +524,14 @@ def test_ddp_equals_one_process_on_the_joint_batch(value_embeds: str, ranks: Cal
 
 
 @pytest.mark.parametrize("case", SHARDINGS)
-def test_fsdp2_equals_one_process(case: str, ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+def test_fsdp2_equals_one_process(case: str, ranks: Ranks) -> None:
     value_embeds: Any = "placeholder" if case in ("placeholder rows", "tables by themselves") else "zero"
     expected = fsdp_result(SoftTokenPrepender(reference(), value_embeds=value_embeds))
     for came in ranks(f"fsdp {case}"):
         alike(came, expected, atol=1e-5)  # logits of the bare forward among them
 
 
-def test_fsdp2_generates(ranks: Callable[[str], list[dict[str, Tensor]]]) -> None:
+def test_fsdp2_generates(ranks: Ranks) -> None:
     expected = generation(SoftTokenPrepender(reference()))
     for came in ranks("fsdp generation"):
         alike(came, expected)
