@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from omni_adapters import Features, Projector, SoftTokenPrepender, __version__
 from omni_adapters.data.audio import load_audio, save_audio
-from omni_adapters.data.collate import collate, collate_clips
+from omni_adapters.data.collate import collate
 from omni_adapters.data.speech import add_noise, speak
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.features import features_to, pad_rows, select

@@ -8,7 +8,7 @@ reference GPT one by one and knows nothing of hooks.
 import torch
 import torch.nn.functional as F
 
-from omni_adapters.reference_gpt import SOFTCAP, GPT, norm
+from omni_adapters.reference_gpt import GPT, SOFTCAP, norm
 
 
 def hand_patched_logits(gpt: GPT, idx: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
