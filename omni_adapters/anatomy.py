@@ -83,7 +83,7 @@ def discover_anatomy(gpt: nn.Module) -> Anatomy:
                        "load the checkpoint first")
     head_name = find_head(gpt)
     with untouched(gpt):
-        ids = torch.tensor([[0, 1]], device=next(gpt.parameters()).device)
+        ids = torch.tensor([[1, 0]], device=next(gpt.parameters()).device)
         forward = runner(gpt, ids)
         first, swapped = watch(gpt, forward, ids), watch(gpt, forward, ids.flip(1))
         tables = sort_tables(gpt, first, swapped, ids)
@@ -132,11 +132,19 @@ def untouched(gpt: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random state are put back."""
     flags = [(module, module.training) for module in gpt.modules()]
     devices = {p.device for p in gpt.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), torch.no_grad():
-        gpt.eval()
+    buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
+               for module in gpt.modules() for name, buffer in module._buffers.items()]
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), torch.no_grad(), \
+            torch.compiler.set_stance("force_eager"):
+        for module, _ in flags:
+            module.training = False
         try:
             yield
         finally:
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if buffer is not None and not torch.equal(buffer, value):
+                    buffer.copy_(value)
             for module, flag in flags:
                 module.training = flag
 
@@ -189,7 +197,7 @@ def sort_tables(gpt: nn.Module, first: Calls, swapped: Calls, ids: Tensor) -> di
     for name, given, _ in first.seen:
         if given is None or not isinstance(gpt.get_submodule(name), nn.Embedding):
             continue
-        if torch.equal(given, ids):
+        if torch.equal(given, ids) and torch.equal(again[name], ids.flip(1)):
             kind = "ids"
         elif torch.equal(given, again[name]):
             kind = "positions"
@@ -212,9 +220,12 @@ def find_head(gpt: nn.Module) -> str:
 
 def find_wte(gpt: nn.Module, fed_by_ids: list[str], width: int) -> str:
     """The first table that ids reach and that is as wide as the hidden states."""
-    for name in fed_by_ids:
-        if table(gpt, name).embedding_dim == width:
+    wide = [name for name in fed_by_ids if table(gpt, name).embedding_dim == width]
+    for name in wide:
+        if name.split(".")[-1] in ("wte", "embed_tokens", "tok_embeddings"):
             return name
+    if wide:
+        return wide[0]
     raise unreadable(gpt, f"an nn.Embedding fed by idx and {width} wide, as the head's input is")
 
 

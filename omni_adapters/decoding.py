@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -106,11 +106,19 @@ class Decoder:
 
     def __init__(self, host: Drivable, idx: Tensor, soft_tokens: SoftTokens | None, room: int,
                  text_lens: Tensor | None = None) -> None:
+        if isinstance(soft_tokens, Mapping):  # generated ids are text, whatever they are: placeholders leave the vocabulary
+            beyond = {key: host.anatomy.num_embeddings + number for number, key in enumerate(soft_tokens)}
+            placed = idx
+            for key, new in beyond.items():
+                placed = torch.where(idx == key, new, placed)
+            idx, soft_tokens = placed, {beyond[key]: clips for key, clips in soft_tokens.items()}
         self.host, self.idx, self.soft_tokens = host, idx, soft_tokens
         self.text_lens = torch.full((idx.size(0),), idx.size(1), device=idx.device) if text_lens is None else text_lens
         anatomy = host.anatomy
         self.kwargs: dict[str, Any] = {}
-        if anatomy.cache == "kv_cache" and anatomy.cache_shape is not None:
+        if anatomy.derived_tables:
+            pass
+        elif anatomy.cache == "kv_cache" and anatomy.cache_shape is not None:
             self.kwargs = {"kv_cache": KVCache(idx.size(0), room, anatomy.cache_shape, idx.device, host.dtype())}
         elif anatomy.cache == "past_key_values":
             self.kwargs = {"past_key_values": None, "use_cache": True}

@@ -36,6 +36,33 @@ class Bound:
     tail: Tensor | None = None    # (B,) bool, rows whose last slot so far is soft
 
 
+class Past:
+    def __init__(self, idx, splice, life):
+        self.idx, self.splice, self.life = idx, splice, life
+        self.soft = None  # life: weakref, None while ids decide
+        self.derived, self.hidden = {}, None
+
+    def alive(self):
+        return self.idx() is not None and (self.life is None or self.life() is not None)
+
+
+class Marker:
+    pass
+
+
+class Keep(torch.autograd.Function):
+    """The identity; its node keeps `marker` alive as long as the graph lives."""
+
+    @staticmethod
+    def forward(ctx, out, marker):
+        ctx.marker = marker
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 class HostHooks:
     """Hooks on the sub-modules of one GPT. Refuses a GPT that already has some."""
 
@@ -47,17 +74,24 @@ class HostHooks:
         self.want_hidden = False
         self.hidden: Tensor | None = None
         self.bound: Bound | None = None
-        self.replay: Splice | None = None      # splice of the forward that backward recomputes
-        self.past: list[tuple[weakref.ref[Tensor], Splice]] = []  # an entry lives as long as autograd keeps its ids
+        self.replay = (-1, None)
+        self.past: list[Past] = []
+        self.entry: Past | None = None
         self.tails: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         self.handles = self.add(unwrap(gpt))
         self.attached = True
+        if any(m._compiled_call_impl is not None or isinstance(m, torch._dynamo.eval_frame.OptimizedModule)
+               for m in gpt.modules()):
+            torch.compiler.reset()
 
     def add(self, gpt: nn.Module) -> list[RemovableHandle]:
         module, anatomy = gpt.get_submodule, self.anatomy
         handles = [module(anatomy.wte).register_forward_hook(self.on_wte)]
         for name in anatomy.side_tables:
-            handles.append(module(name).register_forward_hook(partial(self.on_side_table, name)))
+            if self.value_embeds == "placeholder":
+                handles.append(module(name).register_forward_pre_hook(self.on_side_ids))
+            else:
+                handles.append(module(name).register_forward_hook(partial(self.on_side_table, name)))
         for name in anatomy.derived_tables:
             handles.append(module(name).register_forward_hook(partial(self.on_derived_table, name)))
         if anatomy.smear_gate is not None:
@@ -73,6 +107,7 @@ class HostHooks:
             handle.remove()
         self.handles.clear()
         self.past.clear()
+        self.replay, self.entry = (-1, None), None
         self.attached = False
 
     # ---- which forward is this ------------------------------------------------------------------------------------
@@ -85,9 +120,12 @@ class HostHooks:
         try:
             result = gpt(idx, *args, **kwargs)
         finally:
-            self.busy, self.splice = False, None
-        if kwargs.get("kv_cache") is not None:  # only now: a forward that failed has not moved the cache
-            self.remember_tail(kwargs["kv_cache"], splice)
+            self.busy, self.splice, self.entry = False, None, None
+        cache = kwargs.get("kv_cache")
+        if cache is not None:  # only now: a forward that failed has not moved the cache
+            self.remember_tail(cache, splice)
+            if splice is not None and splice.rows is not None and getattr(cache, "prev_embedding", None) is not None:
+                cache.prev_embedding = cache.prev_embedding.masked_fill(splice.soft[:, -1:, None], 0.0)
         return result
 
     def run_for_hidden(self, gpt: nn.Module, splice: Splice | None, idx: Tensor) -> Tensor:
@@ -109,16 +147,18 @@ class HostHooks:
         finally:
             self.bound = None
 
-    def remember(self, idx: Tensor, splice: Splice) -> None:
+    def remember(self, idx: Tensor, splice: Splice, marker=None) -> None:
         """Keep the splice while autograd keeps `idx`, for recomputation in backward."""
-        if torch.is_inference_mode_enabled():
+        self.entry = None
+        if not torch.is_grad_enabled():
             return
         past = self.past
 
-        def forget(reference: weakref.ref[Tensor]) -> None:
-            past[:] = [entry for entry in past if entry[0] is not reference]
+        def forget(_: Any) -> None:
+            past[:] = [entry for entry in past if entry.alive()]
 
-        past.append((weakref.ref(idx, forget), splice))
+        self.entry = Past(weakref.ref(idx, forget), splice, None if marker is None else weakref.ref(marker, forget))
+        past.append(self.entry)
 
     def remember_tail(self, kv_cache: Any, splice: Splice | None) -> None:
         """Which rows of a cache end on a soft token: the text that comes next must not be smeared with it."""
@@ -131,45 +171,67 @@ class HostHooks:
         """The splice of the forward this hook fires in; None where there is nothing to do."""
         if self.busy:
             return self.splice
-        if self.bound is not None:
-            return self.bound.splice
-        if torch.compiler.is_compiling() or not self.past or torch._C._current_graph_task_id() == -1:
-            return None  # neither ours nor bound, and no backward is running that could recompute one of ours
-        if idx is not None:
-            self.replay = self.recall(idx)
-        return self.replay
+        if self.recomputing():
+            if idx is not None:
+                found = self.recall(idx)
+                self.replay = (torch._C._current_graph_task_id(), found)
+            else:
+                task, found = self.replay
+                found = found if task == torch._C._current_graph_task_id() else None
+            if found is not None or self.bound is None:
+                return found
+        return None if self.bound is None else self.bound.splice
+
+    def recomputing(self):
+        return not torch.compiler.is_compiling() and bool(self.past) and torch._C._current_graph_task_id() != -1
+
+    def unique(self, found, softs=None):
+        if any(other.soft.shape != found[0].soft.shape or not torch.equal(other.soft, found[0].soft) or (
+                softs is not None and any(one is not softs[0] for one in softs)) for other in found[1:]):
+            raise BadInput("SoftTokenPrepender", "one tensor of ids checkpointed with two soft tokens", "one", "clone the ids")
+        return found[0] if found else None
 
     def recall(self, idx: Tensor) -> Splice | None:
         """Checkpointing hands the same storage to the recomputation, if not always the same tensor object."""
-        for reference, splice in reversed(self.past):
-            ids = reference()
-            if ids is not None and ids.data_ptr() == idx.data_ptr() and ids.shape == idx.shape:
-                return splice
-        return None
+        found, softs = [], []
+        for entry in self.past:
+            ids = entry.idx()
+            if entry.alive() and ids.data_ptr() == idx.data_ptr() and ids.shape == idx.shape:
+                found.append(entry.splice)
+                softs.append(entry.soft)
+        return self.unique(found, softs)
 
     def begin_foreign(self, bound: Bound, idx: Tensor) -> None:
         """A foreign forward begins: tell an expanded prompt from a decode step, and lay out its splice."""
         bound.splice = None
         if bound.num_soft == 0:
             return
-        if idx.size(1) == 1 and (bound.heard or bound.num_soft > 1):
+        if idx.size(1) == 1 and bound.heard:
             if bound.tail is not None:  # a batch may grow after a prefill of one row
                 bound.splice = text_after(bound.tail.expand(idx.size(0)), idx)
                 bound.tail = None
             return
-        bound.splice = recognise("SoftTokenPrepender.bind", idx, bound.soft_tokens, bound.insert_at, self.anatomy.n_embd)
-        bound.tail, bound.heard = bound.splice.soft[:, -1], True
-        self.remember(idx, bound.splice)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            bound.splice = recognise("SoftTokenPrepender.bind", idx, bound.soft_tokens, bound.insert_at, self.anatomy.n_embd)
+        bound.tail = bound.splice.soft[:, -1]
+        bound.heard = True
+        self.marker = Marker()
+        self.remember(idx, bound.splice, self.marker)
+        if self.entry is not None:
+            self.entry.soft = bound.soft_tokens
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
     def on_wte(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        if self.bound is not None and not self.busy:
+        self.marker = None
+        if self.bound is not None and not self.busy and not (self.recomputing() and self.recall(args[0]) is not None):
             self.begin_foreign(self.bound, args[0])
         splice = self.current(args[0])
         if splice is None or splice.rows is None:
             return None
-        return torch.where(splice.soft.unsqueeze(-1), splice.rows.to(out.dtype), out)
+        out = torch.where(splice.soft.unsqueeze(-1), splice.rows.to(out.dtype), out)
+        marker, self.marker = self.marker, None
+        return out if marker is None or not torch.is_grad_enabled() else Keep.apply(out, marker)
 
     def on_side_table(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         splice = self.current(args[0])
@@ -177,10 +239,24 @@ class HostHooks:
             return None
         return torch.where(splice.soft.unsqueeze(-1), self.side_row(name, module, out), out)
 
+    def on_side_ids(self, module, args):
+        splice = self.current(args[0])
+        if splice is None or splice.rows is None:
+            return None
+        return (torch.where(splice.soft, FILLER, args[0]), *args[1:])
+
     def on_derived_table(self, name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         """A bigram is a text-only thing: the token after a soft one has none."""
-        splice = self.current()
-        if splice is None or self.value_embeds == "placeholder":
+        if not self.busy and self.recomputing():
+            splice = self.unique([e.splice for e in self.past if e.alive() and name in e.derived
+                                  and e.derived[name].shape == args[0].shape and torch.equal(e.derived[name], args[0])])
+            if splice is None and self.bound is not None:
+                splice = self.bound.splice
+        else:
+            splice = self.current()
+            if self.entry is not None and splice is self.entry.splice and not torch.compiler.is_compiling():
+                self.entry.derived[name] = args[0]
+        if splice is None:
             return None
         out = torch.where(splice.edge.unsqueeze(-1), out.new_zeros(()), out)
         return torch.where(splice.soft.unsqueeze(-1), self.side_row(name, module, out), out)
@@ -189,9 +265,6 @@ class HostHooks:
         """What a side table gives at soft slots: (width,), or a zero that broadcasts."""
         if self.value_embeds == "learned":
             return self.side_rows[row_key(name)].to(out.dtype)
-        if self.value_embeds == "placeholder":
-            assert isinstance(module.weight, Tensor)
-            return module.weight[FILLER].to(out.dtype)
         return out.new_zeros(())
 
     def on_smear_gate(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
@@ -210,7 +283,14 @@ class HostHooks:
 
     def answers(self, hidden: Tensor) -> Tensor | None:
         """(B, T_fused, n_embd) → (B, T, n_embd) for the head, or None to leave its input alone."""
-        splice = self.current()
+        if not self.busy and self.recomputing():
+            splice = next((e.splice for e in self.past if e.alive() and e.hidden is not None and e.hidden() is not None
+                           and e.hidden().data_ptr() == hidden.data_ptr()), None)
+            splice = splice or self.current()
+        else:
+            splice = self.current()
+            if self.entry is not None and splice is self.entry.splice and not torch.compiler.is_compiling():
+                self.entry.hidden = weakref.ref(hidden)
         if splice is not None and splice.answer is not None:
             if hidden.size(1) != splice.soft.size(1):
                 raise BadInput("SoftTokenPrepender", f"{hidden.size(1)} positions at the head", f"all {splice.soft.size(1)}",

@@ -24,7 +24,7 @@ class BadInput(ValueError):
     def __init__(self, where: str, came: str, expected: str, todo: str = "") -> None:
         self.where, self.came, self.expected, self.todo = where, came, expected, todo
         advice = f" {todo[0].upper()}{todo[1:].rstrip('.')}." if todo else ""
-        super().__init__(f"{where}: got {came}; expected {expected}.{advice}")
+        self.args = (f"{where}: got {came}; expected {expected}.{advice}",)  # not super(): torch.compile cannot trace that
 
 
 class MissingExtra(ImportError):
