@@ -129,11 +129,11 @@ def logits_of(result: Any) -> Tensor:
 
 @contextmanager
 def untouched(gpt: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are put back."""
+    """Evaluation mode without gradients or compilation; training flags, buffers and random state are put back."""
     flags = [(module, module.training) for module in gpt.modules()]
     devices = {p.device for p in gpt.parameters() if p.device.type == "cuda"}
-    buffers = [(module, name, buffer, None if buffer is None else buffer.clone())
-               for module in gpt.modules() for name, buffer in module._buffers.items()]
+    buffers = [(module, name, buffer, buffer.clone())
+               for module in gpt.modules() for name, buffer in module._buffers.items() if buffer is not None]
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), torch.no_grad(), \
             torch.compiler.set_stance("force_eager"):
         for module, _ in flags:
@@ -142,8 +142,8 @@ def untouched(gpt: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if buffer is not None and not torch.equal(buffer, value):
+                module._buffers[name] = buffer  # transformers' dynamic rotary tables are replaced, others written to
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
             for module, flag in flags:
                 module.training = flag

@@ -116,11 +116,11 @@ class Decoder:
         self.text_lens = torch.full((idx.size(0),), idx.size(1), device=idx.device) if text_lens is None else text_lens
         anatomy = host.anatomy
         self.kwargs: dict[str, Any] = {}
-        if anatomy.derived_tables:
-            pass
-        elif anatomy.cache == "kv_cache" and anatomy.cache_shape is not None:
+        # A bigram table wants the token before, which a cached step does not bring: such hosts recompute.
+        cached = not anatomy.derived_tables
+        if cached and anatomy.cache == "kv_cache" and anatomy.cache_shape is not None:
             self.kwargs = {"kv_cache": KVCache(idx.size(0), room, anatomy.cache_shape, idx.device, host.dtype())}
-        elif anatomy.cache == "past_key_values":
+        elif cached and anatomy.cache == "past_key_values":
             self.kwargs = {"past_key_values": None, "use_cache": True}
 
     def start(self) -> Tensor:

@@ -37,7 +37,6 @@ from omni_adapters.splice import (
     lens_of,
     placeholder_columns,
     prefix_columns,
-    text_after,
 )
 
 IGNORE = -1  # nanochat's ignore_index
@@ -87,7 +86,7 @@ class SoftTokenPrepender(nn.Module):
 
     def remove(self) -> nn.Module:
         """Take every hook away; returns the GPT exactly as it came. The prepender is of no use afterwards."""
-        self.hooks.remove()
+        self.hooks.remove(self.gpt)
         return self.gpt
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, soft_tokens: SoftTokens | None = None,
@@ -173,8 +172,7 @@ class SoftTokenPrepender(nn.Module):
         start = 0 if kv_cache is None else int(kv_cache.get_pos())
         if columns is None:
             self.check_room(where, start, idx.size(1), 0)
-            tail = None if kv_cache is None else self.hooks.tails.get(kv_cache)
-            return (None if tail is None else text_after(tail, idx)), idx
+            return None, idx
         if text_lens is not None:
             columns = crop_text(columns, text_lens)
             if not isinstance(soft_tokens, Mapping):
@@ -184,11 +182,7 @@ class SoftTokenPrepender(nn.Module):
         else:
             T_fused = self.fused_length(where, columns, exact, kv_cache)
         self.check_room(where, start, idx.size(1), T_fused - idx.size(1))
-        splice, fused_idx = fuse(idx, columns, T_fused)
-        tail = None if kv_cache is None else self.hooks.tails.get(kv_cache)
-        if tail is not None:
-            splice.edge[:, 0] |= tail
-        return splice, fused_idx
+        return fuse(idx, columns, T_fused)
 
     def columns(self, where: str, idx: Tensor, soft_tokens: SoftTokens | None) -> Columns | None:
         """Soft tokens in any of their forms → columns, or None if there is not one."""

@@ -220,7 +220,7 @@ class GPT(nn.Module):
         nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
 
     def blocks(self) -> list[Block]:
-        return list(cast(nn.ModuleList, self.transformer["h"]))
+        return cast("list[Block]", list(cast(nn.ModuleList, self.transformer["h"])))
 
     def wte(self) -> nn.Embedding:
         return cast(nn.Embedding, self.transformer["wte"])
