@@ -36,7 +36,7 @@ from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.collate import collate
 from omni_adapters.data.speech import add_noise, speak
 from omni_adapters.encoders.log_mel import LogMelEncoder
-from omni_adapters.features import features_to, pad_rows, select
+from omni_adapters.features import pad_rows, select
 from omni_adapters.generate import generate_batch
 from omni_adapters.reference_gpt import GPT, GPTConfig
 
@@ -53,6 +53,7 @@ ID = {word: number for number, word in enumerate(WORDS)}
 TRAINING_VOICES = "f1 f2 f3 f4 m1 m2 m3 m4 m6 m7 john linda".split()
 UNSEEN_VOICES = "f5 m5 max".split()
 SNR = (10.0, 30.0)  # dB
+CLEAN = 0.1         # share of the training clips without noise, so that a quiet room is nothing new
 
 
 class Clip(NamedTuple):
@@ -60,7 +61,7 @@ class Clip(NamedTuple):
     voice: str
     rate: int     # words per minute
     pitch: int    # 0 … 99
-    snr: float    # dB
+    snr: float    # dB, inf where there is no noise
     seed: int     # of the noise
 
 
@@ -78,9 +79,10 @@ def ids(text: str) -> list[int]:
 
 
 def misspoken(text: str, rng: random.Random) -> str:
-    """The sentence as a poor listener writes it down: words repeated, up to two fifths of what is written wrong."""
-    pace, wrong = rng.randint(1, 4), rng.choice((0.0, 0.0, 0.2, 0.4))
-    repeated = [word for word in text.split() for _ in range(max(1, pace + rng.choice((-1, 0, 0, 1))))]
+    """The sentence as a poor listener writes it down: words repeated, up to a fifth of what is written wrong."""
+    pace, wrong = rng.randint(1, 4), rng.choice((0.0, 0.0, 0.2))
+    wavers = (-1, 0, 0, 1) if pace > 1 else (0,)
+    repeated = [word for word in text.split() for _ in range(pace + rng.choice(wavers))]
     return " ".join(rng.choice(WORDS[3:]) if rng.random() < wrong else word for word in repeated)
 
 
@@ -115,21 +117,21 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float, step: int,
 # ---- sound ------------------------------------------------------------------------------------------------------------
 
 
-def clips(rng: random.Random, voices: list[str], count: int, known: set[str] = frozenset()) -> list[Clip]:
-    """`count` clips to be spoken, none of a known sentence."""
+def clips(rng: random.Random, voices: list[str], count: int, known: set[str], clean: float = 0.0) -> list[Clip]:
+    """`count` clips to be spoken, none of a known sentence; `clean` is the share without noise."""
     found: list[Clip] = []
     while len(found) < count:
         text = sentence(rng)
         if text not in known:
-            found.append(Clip(text, rng.choice(voices), rng.randint(140, 200), rng.randint(25, 75),
-                              rng.uniform(*SNR), rng.randrange(2**31)))
+            snr = math.inf if rng.random() < clean else rng.uniform(*SNR)
+            found.append(Clip(text, rng.choice(voices), rng.randint(140, 200), rng.randint(25, 75), snr, rng.randrange(2**31)))
     return found
 
 
 def spoken(clip: Clip) -> Tensor:
     """A clip as 16 kHz sound (T,), noise included."""
     clean = speak(clip.sentence, variant=clip.voice, rate=clip.rate, pitch=clip.pitch)
-    return torch.from_numpy(add_noise(clean, clip.snr, clip.seed))
+    return torch.from_numpy(add_noise(clean, clip.snr, clip.seed) if math.isfinite(clip.snr) else clean)
 
 
 def mel_frames(batch: list[Clip]) -> list[Tensor]:
@@ -245,24 +247,22 @@ def fingerprint(module: torch.nn.Module) -> str:
 # ---- one new sentence -------------------------------------------------------------------------------------------------
 
 
-def listen(ears: Ears, frames: Tensor) -> list[tuple[str, float, Tensor]]:
-    """What the GPT hears, token by token: (word, probability, pull of each soft token on that word).
+@torch.inference_mode()
+def listen(ears: Ears, frames: Tensor, stack: int) -> tuple[list[str], Tensor, Tensor]:
+    """What the GPT heard in one clip: words, their probabilities (W,), and what each moment was worth to each word.
 
-    The pull is |soft token · ∂log p/∂soft token|, the first-order effect of taking that moment of sound away.
+    Worth (W, T_soft): the fall of the word's log-probability, in nats, where the moment of one soft token is silenced.
     """
-    soft = features_to(ears.soft_tokens([frames]), torch.float32)
-    values = soft.values.detach().requires_grad_()
-    tokens, heard = ids(f"{BOS} {HEARD}"), []
-    while len(heard) < 12:
-        logits = ears.prepender(torch.tensor([tokens]), None, Features(values, soft.lens))[0, -1]
-        log_p = logits.log_softmax(-1)
-        best = int(log_p.argmax())
-        if best == ID[END]:
-            break
-        (gradient,) = torch.autograd.grad(log_p[best], values)
-        heard.append((WORDS[best], float(log_p[best].exp()), (gradient * values).sum(-1).abs()[0].detach()))
-        tokens.append(best)
-    return heard
+    (answer,) = generate_batch(ears.prepender, [ids(f"{BOS} {HEARD}")], ears.soft_tokens([frames]), max_tokens=12,
+                               stop_ids=[ID[END]])
+    silenced = [frames]
+    for first in range(0, len(frames), stack):
+        silenced.append(frames.clone())
+        silenced[-1][first : first + stack] = frames.min()
+    idx = torch.tensor([ids(f"{BOS} {HEARD}") + answer] * len(silenced))
+    log_p = ears.prepender(idx, None, ears.soft_tokens(silenced))[:, 1:-1].log_softmax(-1)
+    log_p = log_p.gather(-1, torch.tensor(answer).expand(len(silenced), -1).unsqueeze(-1)).squeeze(-1)
+    return [WORDS[token] for token in answer], log_p[0].exp(), (log_p[0] - log_p[1:]).clamp(min=0).T
 
 
 def draw_losses(pretraining: list[float], training: list[float], path: Path) -> None:
@@ -283,22 +283,21 @@ def draw_losses(pretraining: list[float], training: list[float], path: Path) -> 
     figure.savefig(path, dpi=130)
 
 
-def draw_hearing(mel: Tensor, heard: list[tuple[str, float, Tensor]], said: str, stack: int, path: Path) -> None:
+def draw_hearing(mel: Tensor, heard: tuple[list[str], Tensor, Tensor], said: str, stack: int, path: Path) -> None:
     """The spectrogram, and below it which moment of sound each word came from."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    words, probabilities, worth = heard
     seconds = mel.size(0) / 100
-    pull = torch.stack([row / row.max().clamp(min=1e-12) for _, _, row in heard])
     figure, (top, low) = plt.subplots(2, 1, figsize=(9, 5.6), sharex=True, layout="constrained", height_ratios=(1, 1.25))
     top.imshow(mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 80), cmap="magma")
     top.set(ylabel="mel band", title=f"said: “{said}”")
-    low.imshow(pull, aspect="auto", cmap="Blues", vmin=0, vmax=1,
-               extent=(0, pull.size(1) * stack / 100, len(heard) - 0.5, -0.5))
-    low.set_yticks(range(len(heard)), [f"{word}  {probability:.0%}" for word, probability, _ in heard])
+    picture = low.imshow(worth, aspect="auto", cmap="Blues", extent=(0, worth.size(1) * stack / 100, len(words) - 0.5, -0.5))
+    low.set_yticks(range(len(words)), [f"{word}  {p:.0%}" for word, p in zip(words, probabilities.tolist())])
     low.set(xlabel="seconds", ylabel="heard", xlim=(0, seconds))
-    low.set_title("pull of each soft token on each word", fontsize=9)
+    figure.colorbar(picture, ax=low, label="nats lost when silenced")
     figure.savefig(path, dpi=130)
 
 
@@ -318,14 +317,15 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=6000, help="spoken for training")
+    parser.add_argument("--clips", type=int, default=7000, help="spoken for training")
     parser.add_argument("--test-clips", type=int, default=300, help="spoken for each of the two test sets")
-    parser.add_argument("--lm-steps", type=int, default=500, help="text-only steps of the GPT")
+    parser.add_argument("--lm-steps", type=int, default=600, help="text-only steps of the GPT")
     parser.add_argument("--steps", type=int, default=1200, help="steps of the projector")
     parser.add_argument("--rows", type=int, default=32, help="rows of a batch")
+    parser.add_argument("--lm-lr", type=float, default=2e-3, help="learning rate of the GPT on text")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the projector")
-    parser.add_argument("--stack", type=int, default=8, help="10 ms frames per soft token")
-    parser.add_argument("--hidden", type=int, default=1024, help="width of the projector's hidden layer")
+    parser.add_argument("--stack", type=int, default=12, help="10 ms frames per soft token")
+    parser.add_argument("--hidden", type=int, default=768, help="width of the projector's hidden layer")
     parser.add_argument("--say", default="close the purple curtain in the attic tonight", help="the sentence spoken last")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that speak")
@@ -339,7 +339,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
 
-    training = clips(rng, TRAINING_VOICES, args.clips, {args.say})
+    training = clips(rng, TRAINING_VOICES, args.clips, {args.say}, CLEAN)
     known = {clip.sentence for clip in training} | {args.say}
     tests = {"unseen_sentences": clips(rng, TRAINING_VOICES, args.test_clips, known),
              "unseen_voices": clips(rng, UNSEEN_VOICES, args.test_clips, known)}
@@ -349,7 +349,7 @@ def main() -> None:
     count = len(training)
 
     gpt = GPT(GPTConfig(sequence_len=256, vocab_size=len(WORDS), n_layer=4, n_head=4, n_kv_head=4, n_embd=128))
-    pretraining = pretrain(gpt, args.lm_steps, 48, 3e-3, args.seed)
+    pretraining = pretrain(gpt, args.lm_steps, args.rows, args.lm_lr, args.seed)
     gpt.requires_grad_(False).eval()
     before = fingerprint(gpt)
 
@@ -369,12 +369,12 @@ def main() -> None:
     hello = args.out / "hello.wav"
     save_audio(hello, speak(args.say, variant="f2", rate=165), encoder.sampling_rate)
     mel = encoder.preprocess([load_audio(hello, encoder.sampling_rate)]).values[0].T
-    heard = listen(ears, mel)
+    heard = listen(ears, mel, args.stack)
     draw_hearing(mel, heard, args.say, args.stack, args.out / "spectrogram_to_text.png")
     draw_losses(pretraining, losses, args.out / "loss.png")
     about = {"omni_adapters": __version__, "encoder": "log_mel", "stack": str(args.stack), "insert_at": "1"}
     weights = {f"projector.{k}": v for k, v in projector.state_dict().items()}
-    save_file(weights | {f"encoder.{k}": v for k, v in encoder.state_dict().items()}, 
+    save_file(weights | {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
               args.out / "adapter.safetensors", about)
 
     unchanged = fingerprint(gpt) == before
@@ -382,7 +382,7 @@ def main() -> None:
         "trainable_parameters": sum(p.numel() for p in projector.parameters()),
         "frozen_parameters": sum(p.numel() for p in gpt.parameters()), "lm_unchanged": unchanged,
         "seconds": time.perf_counter() - start,
-        "heard": [{"word": word, "probability": probability} for word, probability, _ in heard], "said": args.say,
+        "said": args.say, "heard": [{"word": word, "probability": p} for word, p in zip(heard[0], heard[1].tolist())],
         "training_clips": count, "training_voices": TRAINING_VOICES, "unseen_voices_names": UNSEEN_VOICES,
         "options": {key: str(value) for key, value in vars(args).items()}, "torch": torch.__version__,
     }
@@ -391,7 +391,9 @@ def main() -> None:
     print(f"\n{table(results)}\n")
     print(f"trained {metrics['trainable_parameters']:,} parameters of the projector; the GPT's "
           f"{metrics['frozen_parameters']:,} are {'the same bit for bit' if unchanged else 'CHANGED'}")
-    print(f"\n{hello} says:  {args.say}\nthe GPT heard:" + "".join(f"\n    {word:10} {p:6.1%}" for word, p, _ in heard))
+    print(f"\n{hello} says:  {args.say}\nthe GPT heard:")
+    for word, p in zip(heard[0], heard[1].tolist()):
+        print(f"    {word:10} {p:6.1%}")
     print(f"\n{metrics['seconds']:.0f} s. Look at {args.out}/spectrogram_to_text.png and {args.out}/loss.png")
     if not unchanged:
         raise SystemExit("the frozen GPT has changed")

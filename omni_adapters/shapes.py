@@ -26,12 +26,20 @@ class BadInput(ValueError):
         advice = f" {todo[0].upper()}{todo[1:].rstrip('.')}." if todo else ""
         self.args = (f"{where}: got {came}; expected {expected}.{advice}",)  # not super(): torch.compile cannot trace that
 
+    def __reduce__(self) -> tuple[type[BadInput], tuple[str, str, str, str]]:
+        """Worker processes send their errors home by pickle."""
+        return BadInput, (self.where, self.came, self.expected, self.todo)
+
 
 class MissingExtra(ImportError):
     """An optional dependency is absent; the message names the extra that brings it."""
 
     def __init__(self, where: str, module: str, extra: str) -> None:
+        self.where, self.module, self.extra = where, module, extra
         super().__init__(f'{where} needs {module}, which is not installed. Do: pip install "omni-adapters[{extra}]"')
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
+        return MissingExtra, (self.where, self.module, self.extra)
 
 
 def shape(sizes: Sequence[int | str]) -> str:
