@@ -4,8 +4,8 @@
     python -m benchmarks.step --soft 94 --repeats 3
 
 d6 at vocabulary 32768, 13 text tokens, 2 rows; the LM frozen (stage 1) and everything trained. Before a time counts, both
-must agree on the loss and on the gradient of the soft tokens. Memory is the growth of a fresh process's peak resident
-size over one step, since CPU memory has no allocator statistics; on CUDA it is the allocator's peak.
+must agree on the loss and on the gradient of the soft tokens. Memory is what a step holds at most beyond what was there
+before it, gradients included: the sum of the profiler's allocations on CPU, the allocator's peak on CUDA.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import omni_adapters
@@ -88,39 +88,35 @@ def seconds(run: Callable[[], Tensor], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(args: argparse.Namespace, variant: str, mode: str, T_soft: int) -> int:
-    """Growth of the peak over one step in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.step", "--child", variant, mode, str(T_soft), "--device", args.device,
-               "--rows", str(args.rows), "--text", str(args.text)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()[-1])
-
-
-def child(args: argparse.Namespace) -> None:
-    variant, mode, T_soft = args.child
-    steps, _, _ = build(int(T_soft), mode, args.device, args.rows, args.text)
-    if args.device == "cuda":
+def peak_bytes(run: Callable[[], Tensor], trained: list[Tensor], device: str) -> int:
+    """Most bytes that one step holds at a time beyond what was there before it, gradients included."""
+    for tensor in trained:
+        tensor.grad = None
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        steps[variant]()
-        print(torch.cuda.max_memory_allocated() - before)
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        steps[variant]()
-        print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes))
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     rows = []
     cases = [(mode, T_soft) for mode in MODES for T_soft in args.soft]
     for mode, T_soft in tqdm(cases, desc="cases"):
-        steps, soft, _ = build(T_soft, mode, args.device, args.rows, args.text)
+        steps, soft, gpt = build(T_soft, mode, args.device, args.rows, args.text)
         error = check(steps, soft)  # the first, slow run of each as well
         times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for _ in range(args.repeats):
             for variant in VARIANTS:
                 times[variant].append(seconds(steps[variant], args.device))
-        del steps, soft
         medians = {variant: statistics.median(times[variant]) for variant in VARIANTS}
-        peaks = {variant: peak_bytes(args, variant, mode, T_soft) for variant in VARIANTS}
+        peaks = {variant: peak_bytes(steps[variant], [soft, *gpt.parameters()], args.device) for variant in VARIANTS}
+        del steps, soft, gpt
         rows.append({
             "mode": mode, "T_soft": T_soft, "ratio": medians["hand-patched"] / medians["prepender"],
             "ms": {variant: 1e3 * value for variant, value in medians.items()},
@@ -162,10 +158,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed steps per variant; the median counts")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="folder; default benchmarks/results/<device>")
-    parser.add_argument("--child", nargs=3, metavar=("VARIANT", "MODE", "T_SOFT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(args)
     rows = measure(args)
     out = args.out or ROOT / "benchmarks" / "results" / args.device
     out.mkdir(parents=True, exist_ok=True)

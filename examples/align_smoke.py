@@ -6,6 +6,9 @@
 Clips are 5 s long (220, 330, 440, 660, 880 Hz with a second harmonic and 1 % noise), text is bytes plus one <|bos|>, the
 GPT is a random d6. Everything but the encoder trains: a fresh GPT has zero output projections, which no prefix gets
 through while they are frozen. Exit code 1 when the loss did not fall.
+
+This shows that gradients flow, not that the GPT listens: fifty steps suffice to learn the five captions by heart, and the
+loss with each other's tones, printed beside it, is the same. `make demo` is where it listens.
 """
 
 from __future__ import annotations
@@ -77,12 +80,16 @@ def main() -> int:
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
 
+    with torch.no_grad():  # each caption under its neighbour's tone
+        shuffled = prepender(idx, targets, projector(Features(heard.values.roll(1, 0), heard.lens.roll(1)))).item()
     drop = losses[0] - losses[-1]
     report = {"encoder": encoder.source if args.whisper else "random", "soft_tokens_per_clip": int(projector(heard).lens[0]),
-              "first_loss": losses[0], "last_loss": losses[-1], "drop": drop, "passed": drop >= 0.5, "losses": losses}
+              "first_loss": losses[0], "last_loss": losses[-1],
+              "shuffled_loss": shuffled, "drop": drop, "passed": drop >= 0.5, "losses": losses}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"loss {losses[0]:.2f} → {losses[-1]:.2f} nats per byte: {'passed' if report['passed'] else 'FAILED'}")
+    print(f"loss {losses[0]:.2f} → {losses[-1]:.2f} nats per byte, {shuffled:.2f} with each other's tones: "
+          f"{'passed' if report['passed'] else 'FAILED'}")
     return 0 if report["passed"] else 1
 
 

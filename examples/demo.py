@@ -251,14 +251,15 @@ def fingerprint(module: torch.nn.Module) -> str:
 def listen(ears: Ears, frames: Tensor, stack: int) -> tuple[list[str], Tensor, Tensor]:
     """What the GPT heard in one clip: words, their probabilities (W,), and what each moment was worth to each word.
 
-    Worth (W, T_soft): the fall of the word's log-probability, in nats, where the moment of one soft token is silenced.
+    Worth (W, T_soft): the fall of the word's log-probability, in nats, where a soft token's moment and its neighbours are
+    silenced. A word that its neighbours give away, such as "the", is worth little anywhere.
     """
     (answer,) = generate_batch(ears.prepender, [ids(f"{BOS} {HEARD}")], ears.soft_tokens([frames]), max_tokens=12,
                                stop_ids=[ID[END]])
     silenced = [frames]
     for first in range(0, len(frames), stack):
         silenced.append(frames.clone())
-        silenced[-1][first : first + stack] = frames.min()
+        silenced[-1][max(0, first - stack) : first + 2 * stack] = frames.min()
     idx = torch.tensor([ids(f"{BOS} {HEARD}") + answer] * len(silenced))
     log_p = ears.prepender(idx, None, ears.soft_tokens(silenced))[:, 1:-1].log_softmax(-1)
     log_p = log_p.gather(-1, torch.tensor(answer).expand(len(silenced), -1).unsqueeze(-1)).squeeze(-1)

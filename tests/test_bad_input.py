@@ -7,6 +7,7 @@ another device on machines that have one only.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from omni_adapters.features import Features, select
 from omni_adapters.generate import generate_batch
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.reference_gpt import GPT
-from omni_adapters.shapes import BadInput
+from omni_adapters.shapes import BadInput, MissingExtra
 
 P, Q = 48, 12_345  # placeholder ids, one that wte has a row for and one that it has not
 IDX = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -548,3 +549,9 @@ def test_an_exception_in_backward_leaves_the_next_step_as_it_was(watched: Watche
     again = step()
     assert usual is not None and again is not None and torch.equal(usual, again)
     watched.check_untouched()
+
+
+@pytest.mark.parametrize("error", [BadInput("f", "1", "2", "do"), MissingExtra("speak", "espeakng-loader", "speech")])
+def test_errors_survive_the_way_out_of_a_worker_process(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
