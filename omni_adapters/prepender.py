@@ -37,6 +37,7 @@ from omni_adapters.splice import (
     lens_of,
     placeholder_columns,
     prefix_columns,
+    spoil_overflow,
 )
 
 IGNORE = -1  # nanochat's ignore_index
@@ -59,7 +60,8 @@ class SoftTokenPrepender(nn.Module):
 
     `check_values` (default True) reads ids, lengths and finiteness back from the device, to refuse bad ones with a
     sentence; under torch.compile only shapes are checked. `pad_to` (default None) fixes the fused length, which
-    placeholder mode needs under torch.compile. One thread at a time may call one GPT.
+    placeholder mode needs under torch.compile; a row that does not fit is refused, in compiled code it becomes NaN. One
+    thread at a time may call one GPT.
 
     Raises BadInput for a GPT that cannot be read or already has a prepender.
     """
@@ -182,7 +184,10 @@ class SoftTokenPrepender(nn.Module):
         else:
             T_fused = self.fused_length(where, columns, exact, kv_cache)
         self.check_room(where, start, idx.size(1), T_fused - idx.size(1))
-        return fuse(idx, columns, T_fused)
+        splice, fused_idx = fuse(idx, columns, T_fused)
+        if torch.compiler.is_compiling() and self.pad_to is not None:
+            splice = spoil_overflow(splice, columns, T_fused)  # a compiled graph cannot raise: NaN, never a cropped row
+        return splice, fused_idx
 
     def columns(self, where: str, idx: Tensor, soft_tokens: SoftTokens | None) -> Columns | None:
         """Soft tokens in any of their forms → columns, or None if there is not one."""

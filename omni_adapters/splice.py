@@ -105,6 +105,14 @@ def fuse(idx: Tensor, columns: Columns, T_fused: int) -> tuple[Splice, Tensor]:
     return Splice(is_soft, edges(is_soft), rows, answer), fused_idx
 
 
+def spoil_overflow(splice: Splice, columns: Columns, T_fused: int) -> Splice:
+    """Rows longer than T_fused become NaN from their first slot on."""
+    soft, edge, rows, answer = splice
+    assert rows is not None
+    over = (columns.text + columns.soft).sum(dim=1, keepdim=True) > T_fused  # (B, 1)
+    return Splice(soft | over, edge | over, torch.where(over.unsqueeze(-1), torch.nan, rows), answer)
+
+
 def edges(soft: Tensor) -> Tensor:
     """Soft slots and the slots right after them."""
     return soft | F.pad(soft[:, :-1], (1, 0))

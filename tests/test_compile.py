@@ -144,6 +144,22 @@ def test_logits(kind: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("placed", [False, True], ids=["ragged", "placeholders"])
+def test_a_row_beyond_pad_to_is_nan_and_its_neighbours_are_not(placed: bool) -> None:
+    """Compiled code cannot raise: row 0 of 3 + 2 slots is as in eager mode, row 1 of 3 + 4 slots is NaN throughout."""
+    prepender = SoftTokenPrepender(reference())
+    clips = Features(torch.randn(2, 4, 32), torch.tensor([2, 4]))
+    idx, soft = torch.tensor([[1, 2, 3], [4, 5, 6]]), clips
+    if placed:
+        idx, soft = torch.tensor([[1, 2, P, 3], [4, 5, 6, P]]), {P: clips}
+    with torch.no_grad():
+        expected = prepender(idx, None, soft)
+        prepender.pad_to = 6
+        one, two = torch.compile(prepender, backend="eager", fullgraph=True, dynamic=False)(idx, None, soft)
+    close(one, expected[0], LOGITS)
+    assert two.isnan().all()
+
+
 @pytest.mark.parametrize("kind", ["ragged", "placeholders"])
 def test_hidden_states(kind: str) -> None:
     prepender = prepender_of(reference(), kind)
