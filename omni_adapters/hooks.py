@@ -50,6 +50,7 @@ class HostHooks:
         self.hidden: Tensor | None = None
         self.bound: Bound | None = None
         self.recomputation = Recomputation()
+        self.tails: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         self.handles = self.add(unwrap(gpt))
         self.attached = True
         forget_compiled(gpt)
@@ -91,11 +92,18 @@ class HostHooks:
             result = gpt(idx, *args, **kwargs)
         finally:
             self.busy, self.splice, self.entry = False, None, None
-        cache: Any = kwargs.get("kv_cache")
-        if splice is not None and getattr(cache, "prev_embedding", None) is not None:
-            # What comes next in this cache is not smeared with a soft token, whoever drives it.
-            cache.prev_embedding = cache.prev_embedding.masked_fill(splice.soft[:, -1:, None], 0.0)
+        if kwargs.get("kv_cache") is not None:  # only now: a forward that failed has not moved the cache
+            self.remember_tail(kwargs["kv_cache"], splice)
         return result
+
+    def remember_tail(self, cache: Any, splice: Splice | None) -> None:
+        """Which rows of a cache end on a soft token: the text that comes next has no bigram and no smear with it."""
+        if splice is None or splice.rows is None:
+            self.tails.pop(cache, None)
+            return
+        self.tails[cache] = splice.soft[:, -1]
+        if getattr(cache, "prev_embedding", None) is not None:  # so that a bare decode step smears with nothing, too
+            cache.prev_embedding = cache.prev_embedding.masked_fill(splice.soft[:, -1:, None], 0.0)
 
     def run_for_hidden(self, gpt: nn.Module, splice: Splice | None, idx: Tensor) -> Tensor:
         """What the head would have read, (B, T, n_embd); the head itself gets one position."""

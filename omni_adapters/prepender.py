@@ -38,6 +38,7 @@ from omni_adapters.splice import (
     placeholder_columns,
     prefix_columns,
     spoil_overflow,
+    text_after,
 )
 
 IGNORE = -1  # nanochat's ignore_index
@@ -174,7 +175,8 @@ class SoftTokenPrepender(nn.Module):
         start = 0 if kv_cache is None else int(kv_cache.get_pos())
         if columns is None:
             self.check_room(where, start, idx.size(1), 0)
-            return None, idx
+            tail = None if kv_cache is None else self.hooks.tails.get(kv_cache)
+            return (None if tail is None else text_after(tail, idx)), idx
         if text_lens is not None:
             columns = crop_text(columns, text_lens)
             if not isinstance(soft_tokens, Mapping):
@@ -185,6 +187,9 @@ class SoftTokenPrepender(nn.Module):
             T_fused = self.fused_length(where, columns, exact, kv_cache)
         self.check_room(where, start, idx.size(1), T_fused - idx.size(1))
         splice, fused_idx = fuse(idx, columns, T_fused)
+        tail = None if kv_cache is None else self.hooks.tails.get(kv_cache)
+        if tail is not None:
+            splice.edge[:, 0] |= tail
         if torch.compiler.is_compiling() and self.pad_to is not None:
             splice = spoil_overflow(splice, columns, T_fused)  # a compiled graph cannot raise: NaN, never a cropped row
         return splice, fused_idx
