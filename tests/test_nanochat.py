@@ -449,6 +449,46 @@ def the_commits_engine_runs_bare(bench: Bench) -> None:
             bench.engine(PROMPT)
 
 
+@check
+def lora_goes_in_and_out(bench: Bench) -> None:
+    """The commit's counters, Engine and generate run with LoRA as without; its checkpoint still loads before injection."""
+    from hosts import fingerprint
+
+    from omni_adapters.lora import inject_lora, lora_parameters, remove_lora
+
+    gpt, idx = bench.gpt, torch.tensor([PROMPT])
+    gpt.load_state_dict(gpt.state_dict(), strict=True)
+    before, counters = fingerprint(gpt), [getattr(gpt, name) for name in COUNTERS if hasattr(gpt, name)]
+    with bench.context(), torch.no_grad():
+        expected = gpt(idx)
+    counted = [total(counter()) for counter in counters]
+    keys = list(gpt.state_dict())
+    paths = inject_lora(gpt, rank=4)
+    assert {path.split(".", 3)[3] for path in paths} >= {"attn.c_q", "attn.c_v", "mlp.c_fc", "mlp.c_proj"}
+    assert [key for key in gpt.state_dict() if "lora_" not in key] == keys
+    with bench.context(), torch.no_grad():
+        assert torch.equal(gpt(idx), expected)
+        assert len(list(gpt.generate(PROMPT, STEPS, temperature=0.0))) == STEPS
+    if bench.has_engine:
+        assert len(bench.engine(PROMPT)[0]) == STEPS
+    num_lora = sum(parameter.numel() for parameter in lora_parameters(gpt))
+    for number, counter in zip(counted, counters):  # FLOPs are of the matmuls that were there, parameters of all there are
+        assert total(counter()) in (number, number + num_lora) or counter.__name__ == "estimate_flops"
+    with bench.context():
+        gpt(idx, idx.roll(-1, 1)).backward()
+    assert all(parameter.grad is not None for parameter in lora_parameters(gpt))
+    gpt.zero_grad(set_to_none=True)
+    remove_lora(gpt)
+    assert fingerprint(gpt) == before
+
+
+COUNTERS = ("estimate_flops", "num_scaling_params", "num_matmul_params")
+
+
+def total(counted: Any) -> float:
+    return counted["total"] if isinstance(counted, dict) else counted
+
+
 def greedy(bench: Bench, tokens: list[int], soft: Any, **options: Any) -> None:
     """Five ways to the same ids: everything again each step, our cache, the commit's cache by hand, the commit's Engine on
     one row and on three, and its naive generate."""

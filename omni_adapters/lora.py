@@ -1,0 +1,223 @@
+"""LoRA on a host's linear layers: y = W x + s · B A x, with W frozen.
+
+             x
+        ┌────┴─────┐
+        W          A   (rank, in),  fp32
+        │          B   (out, rank), fp32, zero at first
+        │          · s
+        └────(+)───┘
+             y
+
+Notable:
+- `LoRALinear(base)` is an instance of `type(base)` too: a host that counts, casts or compiles its own linear class goes on
+  doing so, and `base.weight` is the same Parameter under the same key
+- A and B are fp32 masters, cast to the activation's dtype, whatever dtype the host has
+- what is saved is always W, A and B apart, merged or not; `remove_lora(gpt, merged=True)` leaves W + s · B A behind
+(Hu et al., LoRA, arXiv:2106.09685; s = alpha / rank, or alpha / √rank: rsLoRA, arXiv:2312.03732)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni_adapters.shapes import BadInput, listing
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a low-rank update; a drop-in for `base`, whose weight it shares.
+
+    base:    nn.Linear (out_features, in_features) or a subclass with a forward of its own, which stays in use. Its weight
+             (and bias) are frozen; `remove_lora` gives them their flags back.
+    rank:    of the update; at most min(in_features, out_features).
+    alpha:   the update is scaled by alpha / rank, or alpha / √rank with `rslora`.
+    dropout: share of the update's inputs that is dropped in training mode, drawn from torch's generator of the device.
+
+    lora_a (rank, in_features) is uniform within ±1/√in_features, lora_b (out_features, rank) is zero, so the layer starts
+    as `base` bit for bit. `enabled = False` is `base` again, where the update is not merged. Raises BadInput.
+    """
+
+    base: nn.Linear
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
+    def __new__(cls, base: nn.Linear, *args: Any, **kwargs: Any) -> LoRALinear:
+        if not isinstance(base, nn.Linear) or isinstance(base, LoRALinear):
+            raise BadInput("LoRALinear", f"a {type(base).__name__}", "an nn.Linear without LoRA")
+        return super().__new__(joined(type(base)))
+
+    def __init__(self, base: nn.Linear, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, *, rslora: bool = False,
+                 generator: torch.Generator | None = None) -> None:
+        most = min(base.weight.shape)
+        if not 1 <= rank <= most:
+            raise BadInput("LoRALinear", f"rank = {rank}", f"1 ≤ rank ≤ {most}, the smaller side of the weight")
+        if not 0 <= dropout < 1:
+            raise BadInput("LoRALinear", f"dropout = {dropout}", "0 ≤ dropout < 1")
+        vars(self).update(vars(base))  # hooks are shared, whoever takes them away; so is what the base's own class keeps
+        self._parameters = base._parameters.copy()
+        vars(self)["base"] = base      # not a sub-module: the weight has one key
+        self.flags = {name: p.requires_grad for name, p in base.named_parameters()}
+        self.rank, self.scaling, self.dropout = rank, alpha / (rank**0.5 if rslora else rank), dropout
+        self.enabled = True
+        self.unmerged: Tensor | None = None  # W, while W + s · B A stands in its place
+        out_features, in_features = base.weight.shape
+        a = torch.empty(rank, in_features, dtype=torch.float32).uniform_(-1, 1, generator=generator) / in_features**0.5
+        self.lora_a = nn.Parameter(a.to(base.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=base.weight.device))
+        base.requires_grad_(False)
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features)."""
+        y = super().forward(x)  # the base class's own: joined() puts it next in line
+        if self.merged or not self.enabled:
+            if self.merged and self.training and torch.is_grad_enabled():
+                raise BadInput("LoRALinear", "a training step while merged", "lora_a and lora_b apart from the weight",
+                               "call unmerge_lora(gpt) before training")
+            return y
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
+        return y + self.scaling * F.linear(low, self.lora_b.to(x.dtype))
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """s · B A, (out_features, in_features) in fp32."""
+        return self.scaling * (self.lora_b @ self.lora_a)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W + s · B A, computed in fp32; the old W is kept beside it. Merging twice is merging once."""
+        if not self.merged:
+            self.unmerged = self.weight.detach().clone()
+            self.weight.copy_(self.weight.float() + self.update())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """W back, bit for bit."""
+        if self.unmerged is not None:
+            self.weight.copy_(self.unmerged)
+            self.unmerged = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.unmerged is not None:
+            destination[prefix + "weight"] = self.unmerged
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the joined class has no name that pickle could look up
+        return blank, (type(self.base),), vars(self)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+JOINED: dict[type, type[LoRALinear]] = {}
+
+
+def joined(base_class: type[nn.Linear]) -> type[LoRALinear]:
+    """A class that is both: LoRALinear first, then the base's; the same one each time, as code that compares types expects."""
+    if base_class is nn.Linear:
+        return LoRALinear
+    if base_class not in JOINED:
+        JOINED[base_class] = type(f"LoRA{base_class.__name__}", (LoRALinear, base_class), {"__module__": __name__})
+    return JOINED[base_class]
+
+
+def blank(base_class: type[nn.Linear]) -> LoRALinear:
+    """An empty instance for copy and pickle to fill."""
+    return nn.Module.__new__(joined(base_class))
+
+
+def inject_lora(gpt: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, *,
+                targets: Sequence[str] = ("attn", "mlp"), rslora: bool = False, seed: int = 0) -> list[str]:
+    """Put a LoRALinear in the place of every linear layer whose path has one of `targets` in it; returns their paths.
+
+    Layers with a side smaller than `rank` (nanochat's value gates) stay as they are. A weight that several places share
+    gets one LoRA. lora_a is drawn from `seed` alone. Load the GPT's checkpoint before: keys of the base stay, those of
+    lora_a and lora_b are new. Raises BadInput where nothing matches or LoRA is there already; the GPT is then as it came.
+    """
+    linears = {name: m for name, m in gpt.named_modules() if isinstance(m, nn.Linear)}
+    if any(isinstance(m, LoRALinear) for m in linears.values()):
+        raise BadInput("inject_lora", "a GPT that has LoRA already", "one without", "call remove_lora(gpt) first")
+    chosen = {name: m for name, m in linears.items()
+              if any(target in part for target in targets for part in name.split(".")) and rank <= min(m.weight.shape)}
+    if not chosen:
+        raise BadInput("inject_lora", f"targets {tuple(targets)} at rank {rank}",
+                       f"parts of a path among [{listing(list(linears))}], of a layer at least rank wide on both sides")
+    generator = torch.Generator().manual_seed(seed)
+    layers = {id(m): LoRALinear(m, rank, alpha, dropout, rslora=rslora, generator=generator) for m in chosen.values()}
+    swap(gpt, lambda module: layers.get(id(module)))
+    return list(chosen)
+
+
+def remove_lora(gpt: nn.Module, *, merged: bool = False) -> nn.Module:
+    """Every base layer back in its place, as it came; with `merged`, W + s · B A stays in its weight for good."""
+    for layer in lora_layers(gpt, "remove_lora"):
+        layer.unmerge()
+        if merged:
+            layer.merge()
+        for name, flag in layer.flags.items():
+            layer.base.register_parameter(name, layer.get_parameter(name))  # Module.to may have made new ones
+            layer.base.get_parameter(name).requires_grad_(flag)
+        layer.base.train(layer.training)
+    swap(gpt, lambda module: module.base if isinstance(module, LoRALinear) else None)
+    return gpt
+
+
+def merge_lora(gpt: nn.Module) -> None:
+    """W + s · B A into every weight: no extra work per call, for decoding and export. `unmerge_lora` takes it back."""
+    for layer in lora_layers(gpt, "merge_lora"):
+        layer.merge()
+
+
+def unmerge_lora(gpt: nn.Module) -> None:
+    for layer in lora_layers(gpt, "unmerge_lora"):
+        layer.unmerge()
+
+
+@contextmanager
+def lora_disabled(gpt: nn.Module) -> Iterator[None]:
+    """Inside, the GPT is as it was before LoRA, bit for bit: for text-only calls, and for a teacher that shares weights."""
+    layers = lora_layers(gpt, "lora_disabled")
+    if any(layer.merged for layer in layers):
+        raise BadInput("lora_disabled", "a GPT whose LoRA is merged", "LoRA apart from the weights",
+                       "call unmerge_lora(gpt) first")
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.enabled = enabled
+
+
+def lora_parameters(gpt: nn.Module) -> list[nn.Parameter]:
+    """All lora_a and lora_b: what stage 2 trains of the GPT."""
+    return [parameter for layer in lora_layers(gpt, "lora_parameters") for parameter in (layer.lora_a, layer.lora_b)]
+
+
+def lora_layers(gpt: nn.Module, where: str) -> list[LoRALinear]:
+    layers = [module for module in gpt.modules() if isinstance(module, LoRALinear)]
+    if not layers:
+        raise BadInput(where, f"a {type(gpt).__name__} without LoRA", "one with", "call inject_lora(gpt) first")
+    return layers
+
+
+def swap(gpt: nn.Module, successor: Any) -> None:
+    """Replace every module that has a successor, in all the places that hold it."""
+    for parent in list(gpt.modules()):
+        for name, child in parent._modules.items():
+            new = None if child is None else successor(child)
+            if new is not None:
+                parent._modules[name] = new
