@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -27,11 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from omni_adapters import Features, Projector, SoftTokenPrepender, __version__
+from omni_adapters import Features, OmniGPT, Projector, __version__
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.collate import collate
 from omni_adapters.data.speech import add_noise, speak
@@ -155,28 +155,17 @@ def speak_all(corpus: list[Clip], workers: int) -> list[Tensor]:
 # ---- ears -------------------------------------------------------------------------------------------------------------
 
 
-class Ears(NamedTuple):
-    """The frozen GPT, and what lets it hear."""
-
-    encoder: LogMelEncoder
-    projector: Projector
-    prepender: SoftTokenPrepender
-
-    def soft_tokens(self, frames: list[Tensor]) -> Features:
-        padded = pad_rows(frames)
-        return self.projector(self.encoder(Features(padded.values.transpose(1, 2), padded.lens)))
-
-    def loss(self, frames: list[Tensor], texts: list[str]) -> Tensor:
-        rows = [ids(f"{BOS} {HEARD} {text} {END}") for text in texts]
-        idx, targets = collate(rows, num_prompt=2)
-        return self.prepender(idx, targets, self.soft_tokens(frames))
+def inputs(frames: list[Tensor]) -> Features:
+    """Log-mel frames of several clips as encoder inputs (B, 80, T_mel)."""
+    padded = pad_rows(frames)
+    return Features(padded.values.transpose(1, 2), padded.lens)
 
 
-def train_projector(ears: Ears, frames: list[Tensor], texts: list[str], steps: int, rows: int, lr: float,
+def train_projector(omni: OmniGPT, frames: list[Tensor], texts: list[str], steps: int, rows: int, lr: float,
                     seed: int) -> list[float]:
     """Stage 1: the projector learns, the GPT does not. Epochs are shuffled whole, so every clip counts alike."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(ears.projector.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(omni.projector.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def order() -> Iterator[int]:
         while True:
@@ -185,7 +174,8 @@ def train_projector(ears: Ears, frames: list[Tensor], texts: list[str], steps: i
     picks, losses = order(), []
     for step in (bar := tqdm(range(steps), desc="train the projector", unit="step")):
         chosen = [next(picks) for _ in range(rows)]
-        loss = ears.loss([frames[i] for i in chosen], [texts[i] for i in chosen])
+        idx, targets = collate([ids(f"{BOS} {HEARD} {texts[i]} {END}") for i in chosen], num_prompt=2)
+        loss = omni(idx, targets, audio_inputs=inputs([frames[i] for i in chosen]))
         losses.append(update(loss, optimizer, lr, step, steps))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
@@ -202,17 +192,18 @@ def edits(heard: list[str], said: list[str]) -> int:
 
 
 @torch.inference_mode()
-def score(ears: Ears, prompts: list[list[int]], texts: list[str], soft: Features | None) -> dict[str, float]:
+def score(omni: OmniGPT, prompts: list[list[int]], texts: list[str], frames: list[Tensor] | None = None) -> dict[str, float]:
     """Greedy answers and the loss of the true ones, over one set."""
     heard, losses = [], []
+    soft = None if frames is None else omni.projector(omni.encoder(inputs(frames)))
     for first in range(0, len(texts), 100):
         part = slice(first, first + 100)
-        ears_full = None if soft is None else select(soft, range(len(texts))[part])
-        answers = generate_batch(ears.prepender, prompts[part], ears_full, max_tokens=12, stop_ids=[ID[END]])
+        sound = None if soft is None else select(soft, range(len(texts))[part])
+        answers = generate_batch(omni.prepender, prompts[part], sound, max_tokens=12, stop_ids=[ID[END]])
         heard += [[WORDS[token] for token in answer] for answer in answers]
         rows = [prompt + ids(f"{text} {END}") for prompt, text in zip(prompts[part], texts[part])]
         idx, targets = collate(rows, num_prompt=[len(prompt) for prompt in prompts[part]])
-        losses += [ears.prepender(idx, targets, ears_full).item()] * len(rows)
+        losses += [omni.prepender(idx, targets, sound).item()] * len(rows)
     said = [text.split() for text in texts]
     return {
         "exact_match": sum(a == b for a, b in zip(heard, said)) / len(said),
@@ -222,18 +213,18 @@ def score(ears: Ears, prompts: list[list[int]], texts: list[str], soft: Features
 
 
 @torch.inference_mode()
-def evaluate(ears: Ears, sets: dict[str, tuple[list[Tensor], list[str]]]) -> dict[str, dict[str, float]]:
+def evaluate(omni: OmniGPT, sets: dict[str, tuple[list[Tensor], list[str]]]) -> dict[str, dict[str, float]]:
     """Every row of the table; shuffled, blank and text oracle use the unseen sentences."""
     results = {}
     for name, (frames, texts) in sets.items():
         prompt = [ids(f"{BOS} {HEARD}")] * len(texts)
-        results[name] = score(ears, prompt, texts, ears.soft_tokens(frames))
+        results[name] = score(omni, prompt, texts, frames)
     frames, texts = sets["unseen_sentences"]
     prompt = [ids(f"{BOS} {HEARD}")] * len(texts)
-    results["shuffled"] = score(ears, prompt, texts, ears.soft_tokens(frames[1:] + frames[:1]))
+    results["shuffled"] = score(omni, prompt, texts, frames[1:] + frames[:1])
     silence = [LogMelEncoder().preprocess([torch.zeros(160 * len(row))]).values[0].T for row in frames]
-    results["blank"] = score(ears, prompt, texts, ears.soft_tokens(silence))
-    results["text_oracle"] = score(ears, [ids(f"{BOS} {text} {HEARD}") for text in texts], texts, None)
+    results["blank"] = score(omni, prompt, texts, silence)
+    results["text_oracle"] = score(omni, [ids(f"{BOS} {text} {HEARD}") for text in texts], texts)
     return results
 
 
@@ -248,20 +239,20 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 @torch.inference_mode()
-def listen(ears: Ears, frames: Tensor, stack: int) -> tuple[list[str], Tensor, Tensor]:
+def listen(omni: OmniGPT, frames: Tensor, stack: int) -> tuple[list[str], Tensor, Tensor]:
     """What the GPT heard in one clip: words, their probabilities (W,), and what each moment was worth to each word.
 
     Worth (W, T_soft): the fall of the word's log-probability, in nats, where a soft token's moment and its neighbours are
     silenced. A word that its neighbours give away, such as "the", is worth little anywhere.
     """
-    (answer,) = generate_batch(ears.prepender, [ids(f"{BOS} {HEARD}")], ears.soft_tokens([frames]), max_tokens=12,
-                               stop_ids=[ID[END]])
+    words = omni.generate(ids(f"{BOS} {HEARD}"), audio_inputs=inputs([frames]), max_tokens=12, temperature=0)
+    answer = list(itertools.takewhile(lambda token: token != ID[END], words))
     silenced = [frames]
     for first in range(0, len(frames), stack):
         silenced.append(frames.clone())
         silenced[-1][max(0, first - stack) : first + 2 * stack] = frames.min()
     idx = torch.tensor([ids(f"{BOS} {HEARD}") + answer] * len(silenced))
-    log_p = ears.prepender(idx, None, ears.soft_tokens(silenced))[:, 1:-1].log_softmax(-1)
+    log_p = omni(idx, audio_inputs=inputs(silenced))[:, 1:-1].log_softmax(-1)
     log_p = log_p.gather(-1, torch.tensor(answer).expand(len(silenced), -1).unsqueeze(-1)).squeeze(-1)
     return [WORDS[token] for token in answer], log_p[0].exp(), (log_p[0] - log_p[1:]).clamp(min=0).T
 
@@ -351,32 +342,28 @@ def main() -> None:
 
     gpt = GPT(GPTConfig(sequence_len=256, vocab_size=len(WORDS), n_layer=4, n_head=4, n_kv_head=4, n_embd=128))
     pretraining = pretrain(gpt, args.lm_steps, args.rows, args.lm_lr, args.seed)
-    gpt.requires_grad_(False).eval()
+    gpt.eval()
     before = fingerprint(gpt)
 
     encoder = LogMelEncoder()
-    sample = pad_rows(frames[:500])
-    encoder.fit_statistics(Features(sample.values.transpose(1, 2), sample.lens))
+    encoder.fit_statistics(inputs(frames[:500]))
     projector = Projector(encoder.d_model, gpt.config.n_embd, args.hidden, stack=args.stack)
-    ears = Ears(encoder, projector, SoftTokenPrepender(gpt, insert_at=1))
-    losses = train_projector(ears, frames[:count], texts[:count], args.steps, args.rows, args.lr, args.seed)
+    omni = OmniGPT(gpt, (encoder, projector), insert_at=1)
+    losses = train_projector(omni, frames[:count], texts[:count], args.steps, args.rows, args.lr, args.seed)
 
     first, sets = count, {}
     for name, test in tests.items():
         sets[name] = (frames[first : first + len(test)], texts[first : first + len(test)])
         first += len(test)
-    results = evaluate(ears, sets)
+    results = evaluate(omni, sets)
 
     hello = args.out / "hello.wav"
     save_audio(hello, speak(args.say, variant="f2", rate=165), encoder.sampling_rate)
     mel = encoder.preprocess([load_audio(hello, encoder.sampling_rate)]).values[0].T
-    heard = listen(ears, mel, args.stack)
+    heard = listen(omni, mel, args.stack)
     draw_hearing(mel, heard, args.say, args.stack, args.out / "spectrogram_to_text.png")
     draw_losses(pretraining, losses, args.out / "loss.png")
-    about = {"omni_adapters": __version__, "encoder": "log_mel", "stack": str(args.stack), "insert_at": "1"}
-    weights = {f"projector.{k}": v for k, v in projector.state_dict().items()}
-    save_file(weights | {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
-              args.out / "adapter.safetensors", about)
+    omni.save_adapter(args.out / "adapter.safetensors")
 
     unchanged = fingerprint(gpt) == before
     metrics = results | {
@@ -385,7 +372,8 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
         "said": args.say, "heard": [{"word": word, "probability": p} for word, p in zip(heard[0], heard[1].tolist())],
         "training_clips": count, "training_voices": TRAINING_VOICES, "unseen_voices_names": UNSEEN_VOICES,
-        "options": {key: str(value) for key, value in vars(args).items()}, "torch": torch.__version__,
+        "options": {key: str(value) for key, value in vars(args).items()}, "omni_adapters": __version__,
+        "torch": torch.__version__,
     }
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 

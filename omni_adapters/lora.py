@@ -62,7 +62,8 @@ class LoRALinear(nn.Linear):
         self._parameters = base._parameters.copy()
         vars(self)["base"] = base      # not a sub-module: the weight has one key
         self.flags = {name: p.requires_grad for name, p in base.named_parameters()}
-        self.rank, self.scaling, self.dropout = rank, alpha / (rank**0.5 if rslora else rank), dropout
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scaling = alpha / (rank**0.5 if rslora else rank)
         self.enabled = True
         self.unmerged: Tensor | None = None  # W, while W + s · B A stands in its place
         out_features, in_features = base.weight.shape
@@ -140,7 +141,8 @@ def blank(base_class: type[nn.Linear]) -> LoRALinear:
 
 def inject_lora(gpt: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, *,
                 targets: Sequence[str] = ("attn", "mlp"), rslora: bool = False, seed: int = 0) -> list[str]:
-    """Put a LoRALinear in the place of every linear layer whose path has one of `targets` in it; returns their paths.
+    """Put a LoRALinear in the place of every linear layer whose path is one of `targets`, or has one in a part of it;
+    returns their paths.
 
     Layers with a side smaller than `rank` (nanochat's value gates) stay as they are. A weight that several places share
     gets one LoRA. lora_a is drawn from `seed` alone. Load the GPT's checkpoint before: keys of the base stay, those of
@@ -150,7 +152,8 @@ def inject_lora(gpt: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: fl
     if any(isinstance(m, LoRALinear) for m in linears.values()):
         raise BadInput("inject_lora", "a GPT that has LoRA already", "one without", "call remove_lora(gpt) first")
     chosen = {name: m for name, m in linears.items()
-              if any(target in part for target in targets for part in name.split(".")) and rank <= min(m.weight.shape)}
+              if rank <= min(m.weight.shape) and any(target == name or any(target in part for part in name.split("."))
+                                                     for target in targets)}
     if not chosen:
         raise BadInput("inject_lora", f"targets {tuple(targets)} at rank {rank}",
                        f"parts of a path among [{listing(list(linears))}], of a layer at least rank wide on both sides")

@@ -1,0 +1,312 @@
+"""One module to train, wrap, compile and save: the GPT, its ears, and LoRA where there is some.
+
+    waveforms ─► encoder ─► projector ─► SoftTokenPrepender ─► the unedited GPT (+ LoRA) ─► loss | logits | text
+
+Notable:
+- the GPT and the encoder are frozen from the start; what trains is the projector, learned side rows, and LoRA
+- `audio` may enter at three places: as waveforms, as encoder inputs (made by DataLoader workers), as cached features
+- an adapter is one file: everything trained, and a description of what it was trained with (`checkpoint`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omni_adapters.anatomy import unwrap
+from omni_adapters.checkpoint import check_same, load_adapter, save_adapter
+from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.protocol import AudioEncoder
+from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.features import Features, features_to
+from omni_adapters.hooks import ValueEmbeds
+from omni_adapters.lora import LoRALinear, inject_lora, remove_lora
+from omni_adapters.prepender import SoftTokenPrepender
+from omni_adapters.projector import Projector
+from omni_adapters.shapes import BadInput
+from omni_adapters.splice import SoftTokens
+
+Waveforms = Sequence["Tensor | np.ndarray | None"]
+
+ENCODERS: dict[str, Callable[[str | None], AudioEncoder]] = {
+    "LogMelEncoder": lambda source: LogMelEncoder(),
+    "WhisperEncoder": lambda source: WhisperEncoder(source),
+}
+SAVED = {"host", "encoder", "projector", "value_embeds", "insert_at", "placeholders", "lora"}  # keys of a description
+RATES = {  # AdamW learning rates that the field uses: LLaVA (arXiv:2304.08485) for the projector, its LoRA recipe beside it
+    "align": {"projector": 1e-3, "side_rows": 1e-3},
+    "instruct": {"projector": 2e-5, "side_rows": 2e-5, "lora": 2e-4},
+}
+
+
+class OmniGPT(nn.Module):
+    """A GPT that hears.
+
+    gpt:          any host a SoftTokenPrepender reads. Every parameter it came with is frozen; `remove` gives the flags back.
+    audio:        (encoder, projector); projector.in_dim is encoder.d_model, projector.out_dim the GPT's n_embd.
+    placeholders: {"audio": id} puts one clip at each occurrence of id in idx, read row by row; None puts one clip per row
+                  before text position `insert_at`.
+    value_embeds, insert_at: as in SoftTokenPrepender.
+
+    Sound is given to `forward` and `generate` in one of three forms: `audio`, a list of 1-D waveforms, None for a row
+    without sound (never with placeholders); `audio_inputs`, what encoder.preprocess returned; `audio_features`, what the
+    encoder returned. Raises BadInput; the GPT is then as it came.
+    """
+
+    def __init__(self, gpt: nn.Module, audio: tuple[AudioEncoder, Projector], *, placeholders: Mapping[str, int] | None = None,
+                 value_embeds: ValueEmbeds = "zero", insert_at: int = 0) -> None:
+        super().__init__()
+        encoder, projector = audio
+        if placeholders is not None and set(placeholders) != {"audio"}:
+            raise BadInput("OmniGPT", f"placeholders for {sorted(placeholders)}", "{'audio': id}")
+        prepender = SoftTokenPrepender(gpt, value_embeds=value_embeds, insert_at=insert_at)
+        try:
+            check_widths(encoder, projector, prepender.anatomy.n_embd)
+        except BadInput:
+            prepender.remove()
+            raise
+        self.encoder, self.projector, self.prepender = encoder, projector, prepender
+        self.placeholders = None if placeholders is None else dict(placeholders)
+        self.flags = [(p, p.requires_grad) for p in gpt.parameters()]
+        for parameter, _ in self.flags:
+            parameter.requires_grad_(False)
+        for layer in self.lora():
+            layer.lora_a.requires_grad_(True)
+            layer.lora_b.requires_grad_(True)
+
+    @property
+    def gpt(self) -> nn.Module:
+        return self.prepender.gpt
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, audio: Waveforms | None = None, *,
+                audio_inputs: Features | None = None, audio_features: Features | None = None, **gpt_kwargs: Any) -> Any:
+        """What the GPT returns for `idx` (B, T) and `targets`, having heard: logits (B, T, vocab_size) or the loss."""
+        soft = self.soft_tokens(idx.size(0), audio, audio_inputs, audio_features)
+        return self.prepender(idx, targets, soft, **gpt_kwargs)
+
+    def generate(self, tokens: list[int], audio: Waveforms | None = None, *, audio_inputs: Features | None = None,
+                 audio_features: Features | None = None, max_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, seed: int = 42) -> Iterator[int]:
+        """Stream token ids after one prompt, as `SoftTokenPrepender.generate`. Call `eval()` first where LoRA has dropout."""
+        with torch.no_grad():
+            soft = self.soft_tokens(1, audio, audio_inputs, audio_features)
+        return self.prepender.generate(tokens, soft, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+
+    def soft_tokens(self, num_rows: int, audio: Waveforms | None = None, audio_inputs: Features | None = None,
+                    audio_features: Features | None = None) -> SoftTokens | None:
+        """Sound in any of its forms → what the prepender takes; None where there is no sound."""
+        given = [name for name, value in (("audio", audio), ("audio_inputs", audio_inputs),
+                                          ("audio_features", audio_features)) if value is not None]
+        if len(given) > 1:
+            raise BadInput("OmniGPT", " and ".join(given), "one form of sound")
+        if audio is not None:
+            features = self.encode(audio)
+        elif audio_inputs is not None:
+            features = self.encoder(audio_inputs)
+        else:
+            features = audio_features
+        if features is None:
+            return None
+        soft = self.projector(features_to(features, self.prepender.device()))
+        return soft if self.placeholders is None else {self.placeholders["audio"]: soft}
+
+    def encode(self, audio: Waveforms) -> Features | None:
+        """Waveforms → features (B, T, d_model); rows of None get length 0. None where every row is None."""
+        heard = [row for row, clip in enumerate(audio) if clip is not None]
+        if not heard:
+            return None
+        if len(heard) < len(audio) and self.placeholders is not None:
+            raise BadInput("OmniGPT", f"{len(audio) - len(heard)} clips that are None", "a clip for each placeholder",
+                           "leave the placeholder out of a row without sound")
+        values, lens = self.encoder(self.encoder.preprocess([clip for clip in audio if clip is not None]))
+        rows = torch.tensor(heard, device=values.device)
+        whole = values.new_zeros(len(audio), *values.shape[1:]).index_copy(0, rows, values)
+        return Features(whole, lens.new_zeros(len(audio)).index_copy(0, rows, lens))
+
+    # ---- what is trained ----------------------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any) -> list[str]:
+        """LoRA on the GPT, for stage 2; options as in `inject_lora`. Returns the paths of the layers."""
+        return inject_lora(unwrap(self.gpt), rank, alpha, dropout, **options)
+
+    def lora(self) -> list[LoRALinear]:
+        return [module for module in self.gpt.modules() if isinstance(module, LoRALinear)]
+
+    def trained(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter by its name in the file."""
+        found: dict[str, Tensor] = {f"projector.{name}": p for name, p in self.projector.named_parameters()}
+        found |= {f"side_rows.{name}": p for name, p in self.prepender.side_rows.items()}
+        for name, module in unwrap(self.gpt).named_modules():
+            if isinstance(module, LoRALinear):
+                found |= {f"lora.{name}.lora_a": module.lora_a, f"lora.{name}.lora_b": module.lora_b}
+        if isinstance(self.encoder, nn.Module) and not list(self.encoder.parameters()):
+            found |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}  # fitted statistics
+        return found
+
+    def trainable_parameters(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, each with its `name` and a learning rate: `RATES["align"]` where only the
+        projector (and side rows) train, `RATES["instruct"]` with LoRA."""
+        rates = RATES["instruct" if self.lora() else "align"]
+        groups: dict[str, list[Tensor]] = {name: [] for name in rates}
+        for name, tensor in self.trained().items():
+            if tensor.requires_grad:
+                groups[name.split(".")[0]].append(tensor)
+        return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups.items() if params]
+
+    def remove(self) -> nn.Module:
+        """The GPT as it came: no hooks, no LoRA, its own flags."""
+        self.prepender.remove()
+        if self.lora():
+            remove_lora(unwrap(self.gpt))
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+        return self.gpt
+
+    def describe(self) -> str:
+        """A few lines: what is frozen, what trains, what a second of sound costs, and whether 30 s fit."""
+        anatomy, stack = self.prepender.anatomy, getattr(self.projector, "stack", 1)
+        per_second = self.encoder.frame_rate / stack
+        clip, window, limit = round(30 * per_second), short_window(self.gpt), anatomy.position_limit
+        encoder = parameters_of(self.encoder)
+        lora = self.lora()
+        trains = sum(group_size(group) for group in self.trainable_parameters())
+        lines = [
+            f"GPT        {type(unwrap(self.gpt)).__name__}: {parameters_of(self.gpt) - lora_size(lora):,} parameters, frozen",
+            f"encoder    {type(self.encoder).__name__}: {encoder:,} parameters, frozen",
+            f"projector  {self.encoder.d_model} × {stack} → {anatomy.n_embd}: {parameters_of(self.projector):,} parameters",
+            f"LoRA       {f'rank {lora[0].rank} on {len(lora)} layers: {lora_size(lora):,} parameters' if lora else 'none'}",
+            f"trained    {trains:,} parameters",
+            f"sound      {per_second:g} soft tokens a second; a clip of 30 s takes {clip} positions"
+            f"{f' of {limit:,}' if limit else ''}",
+        ]
+        if window is not None:
+            fits = "fits" if clip <= window else "does not fit: most layers see its end only"
+            lines.append(f"windows    the shortest sees {window} positions: a clip of 30 s {fits}")
+        return "\n".join(lines)
+
+    # ---- one file -------------------------------------------------------------------------------------------------------
+
+    def description(self) -> dict[str, Any]:
+        """All that `load_adapter` needs to build this again, and to refuse another GPT or encoder."""
+        lora = {name: m for name, m in unwrap(self.gpt).named_modules() if isinstance(m, LoRALinear)}
+        first = next(iter(lora.values()), None)
+        return {
+            "host": describe_host(self.prepender),
+            "encoder": describe_encoder(self.encoder),
+            "projector": {name: getattr(self.projector, name) for name in ("in_dim", "out_dim", "hidden_dim", "stack")},
+            "value_embeds": self.prepender.value_embeds, "insert_at": self.prepender.insert_at,
+            "placeholders": self.placeholders,
+            "lora": None if first is None else {"rank": first.rank, "alpha": first.alpha, "rslora": first.rslora,
+                                                "dropout": first.dropout, "targets": list(lora)},
+        }
+
+    def save_adapter(self, path: str | os.PathLike[str]) -> None:
+        """Everything trained, in one safetensors file that replaces `path` whole or not at all (docs/adapter_format.md)."""
+        save_adapter(path, {name: tensor.detach() for name, tensor in self.trained().items()}, self.description())
+
+    @classmethod
+    def load_adapter(cls, path: str | os.PathLike[str], gpt: nn.Module, *, encoder: AudioEncoder | None = None,
+                     any_weights: bool = False) -> OmniGPT:
+        """The OmniGPT that `save_adapter` wrote, around `gpt`; `encoder` defaults to the one the file names.
+
+        All or nothing. Refuses (BadInput) a broken file, and a GPT or encoder of other sizes or, unless `any_weights`,
+        of other weights than the adapter was trained with; both sides are named.
+        """
+        where = f"OmniGPT.load_adapter({os.fspath(path)})"
+        tensors, saved = load_adapter(path)
+        if set(saved) != SAVED:
+            raise BadInput(where, f"a description of {sorted(saved)}", str(sorted(SAVED)), "save it with OmniGPT.save_adapter")
+        encoder = build_encoder(where, saved["encoder"]) if encoder is None else encoder
+        omni = cls(gpt, (encoder, Projector(**saved["projector"])), placeholders=saved["placeholders"],
+                   value_embeds=saved["value_embeds"], insert_at=saved["insert_at"])
+        try:
+            omni.projector.to(omni.prepender.device())
+            here = {"host": describe_host(omni.prepender), "encoder": describe_encoder(encoder)}
+            theirs = {name: dict(saved[name]) for name in here}
+            for side in (*here.values(), *theirs.values()):
+                side.pop("source", None)  # the same weights may come from another place
+                if any_weights:
+                    side.pop("sha256", None)
+            check_same(where, theirs, here)
+            if saved["lora"] is not None:
+                omni.add_lora(**saved["lora"])
+            own = omni.trained()
+            check_same(where, {name: list(t.shape) for name, t in tensors.items()}, {n: list(t.shape) for n, t in own.items()})
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(tensors[name])
+        except Exception:
+            omni.remove()
+            raise
+        return omni
+
+
+def check_widths(encoder: AudioEncoder, projector: Projector, n_embd: int) -> None:
+    if not isinstance(encoder, AudioEncoder):
+        raise BadInput("OmniGPT", f"an encoder of type {type(encoder).__name__}",
+                       "an AudioEncoder: sampling_rate, d_model, frame_rate, preprocess and a call")
+    if projector.in_dim != encoder.d_model:
+        raise BadInput("OmniGPT", f"a projector for features {projector.in_dim} wide", f"{encoder.d_model}, encoder.d_model")
+    if projector.out_dim != n_embd:
+        raise BadInput("OmniGPT", f"a projector to {projector.out_dim}", f"{n_embd}, the GPT's n_embd")
+
+
+def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
+    if saved["type"] not in ENCODERS:
+        raise BadInput(where, f"an adapter trained with {saved['type']}", f"one of {', '.join(ENCODERS)}",
+                       "pass the encoder itself: load_adapter(path, gpt, encoder=…)")
+    return ENCODERS[saved["type"]](saved["source"])
+
+
+def describe_host(prepender: SoftTokenPrepender) -> dict[str, Any]:
+    """Sizes of the GPT and a digest of the weights it came with, LoRA left out."""
+    anatomy = prepender.anatomy
+    state = {name: t for name, t in unwrap(prepender.gpt).state_dict().items() if not name.endswith((".lora_a", ".lora_b"))}
+    return {"n_embd": anatomy.n_embd, "vocab_size": anatomy.vocab_size, "num_embeddings": anatomy.num_embeddings,
+            "sha256": digest(state)}
+
+
+def describe_encoder(encoder: AudioEncoder) -> dict[str, Any]:
+    """What it is, where it came from, and a digest of its weights; None where it has none."""
+    weights = dict(encoder.named_parameters()) if isinstance(encoder, nn.Module) else {}
+    source = getattr(encoder, "source", None)
+    return {"type": type(encoder).__name__, "source": None if source is None else str(source), "d_model": encoder.d_model,
+            "frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate,
+            "sha256": digest(weights) if weights else None}
+
+
+@torch.no_grad()
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def short_window(gpt: nn.Module) -> int | None:
+    """Positions that the GPT's most short-sighted layer sees, from nanochat's `window_sizes` or the reference GPT's."""
+    sizes = getattr(unwrap(gpt), "window_sizes", None) or getattr(unwrap(gpt), "windows", None)
+    if not sizes:
+        return None
+    lefts = [size[0] if isinstance(size, (tuple, list)) else size for size in sizes]
+    return min((left for left in lefts if left >= 0), default=None)
+
+
+def parameters_of(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
+
+
+def lora_size(layers: Sequence[LoRALinear]) -> int:
+    return sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in layers)
+
+
+def group_size(group: Mapping[str, Any]) -> int:
+    return sum(p.numel() for p in group["params"])
