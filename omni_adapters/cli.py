@@ -1,0 +1,67 @@
+"""The command `omni-adapters`.
+
+    omni-adapters extract --manifest train.jsonl --encoder openai/whisper-base --out shards/train
+    torchrun --nproc_per_node=8 -m omni_adapters.cli extract …         # ranks share the work
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omni_adapters.data.manifest import read_manifest
+from omni_adapters.data.shards import DTYPES, write_shards
+from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.protocol import AudioEncoder
+from omni_adapters.encoders.weights import WeightsUnavailable
+from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.model import describe_encoder
+from omni_adapters.shapes import BadInput, MissingExtra
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for input that cannot be used."""
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (BadInput, MissingExtra, WeightsUnavailable, OSError) as error:
+        print(f"omni-adapters {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="omni-adapters", description="Give any nanochat-style GPT ears, without editing it")
+    commands = top.add_subparsers(dest="command", required=True)
+    extract = commands.add_parser("extract", help="run a frozen encoder once over a manifest, into feature shards",
+                                  description="Run again, it goes on where it was stopped. Under torchrun ranks share the work.")
+    extract.add_argument("--manifest", type=Path, required=True, help='JSON Lines: {"audio": path, "text": …, "seconds": …}')
+    extract.add_argument("--encoder", required=True, help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id")
+    extract.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    extract.add_argument("--samples-per-shard", type=int, default=256, help="clips in a tar file (default %(default)s)")
+    extract.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the features (default %(default)s)")
+    extract.add_argument("--batch-seconds", type=float, default=240.0, help="sound in an encoder batch (default %(default)s)")
+    extract.add_argument("--max-seconds", type=float, default=600.0, help="longest clip to decode (default %(default)s)")
+    extract.add_argument("--device", default="cpu", help="where Whisper runs (default %(default)s)")
+    extract.set_defaults(run=run_extract)
+    return top
+
+
+def run_extract(args: argparse.Namespace) -> None:
+    rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rows = read_manifest(args.manifest)
+    encoder: AudioEncoder = LogMelEncoder() if args.encoder == "log_mel" else WhisperEncoder(args.encoder, device=args.device)
+    description = describe_encoder(encoder)
+    description.pop("source")  # the same weights may come from another place
+    out = write_shards(rows, encoder, args.out, description=description, samples_per_shard=args.samples_per_shard,
+                       dtype=DTYPES[args.dtype], batch_seconds=args.batch_seconds, max_seconds=args.max_seconds,
+                       rank=rank, num_ranks=num_ranks)
+    if rank == 0:
+        print(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

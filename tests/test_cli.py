@@ -1,0 +1,90 @@
+"""The command: what it prints, what it leaves, how it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_whisper import make_tiny_whisper
+
+from omni_adapters.cli import main
+from omni_adapters.data.audio import load_audio, save_audio
+from omni_adapters.data.manifest import ManifestRow, write_manifest
+from omni_adapters.data.shards import ShardReader
+from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.model import describe_encoder
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    rows = []
+    for number, seconds in enumerate((0.5, 0.3, 0.4)):
+        path = tmp_path / f"{number}.wav"
+        save_audio(path, np.sin(np.arange(int(16_000 * seconds)) / (9 + number)).astype(np.float32) / 2, 16_000)
+        rows.append(ManifestRow(str(path), f"tone {number}", seconds))
+    write_manifest(tmp_path / "train.jsonl", rows)
+    return tmp_path / "train.jsonl"
+
+
+def test_extract_log_mel(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shards"
+    command = ["extract", "--manifest", str(manifest), "--encoder", "log_mel", "--out", str(out), "--samples-per-shard", "2",
+               "--dtype", "float32"]
+    assert main(command) == 0 and capsys.readouterr().out == f"{out}\n"
+    reader = ShardReader(out, verify=True)
+    assert reader.config["description"]["type"] == "LogMelEncoder" and len(reader) == 3
+    (heard, rows), = reader.batches(max_tokens=1000, seed=0, epoch=0)
+    encoder = LogMelEncoder()
+    for row, values, steps in zip(rows, heard.values, heard.lens):
+        sound = load_audio(tmp_path / row["audio"], 16_000)
+        alone = encoder(encoder.preprocess([sound]))
+        assert torch.equal(values[:steps], alone.values[0])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(command) == 0 and "already finished" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_extract_whisper_and_its_fingerprint(manifest: Path, tmp_path: Path) -> None:
+    folder = make_tiny_whisper(tmp_path / "whisper")
+    assert main(["extract", "--manifest", str(manifest), "--encoder", str(folder), "--out", str(tmp_path / "a")]) == 0
+    config = ShardReader(tmp_path / "a").config
+    assert config["description"]["sha256"] == describe_encoder(WhisperEncoder(folder))["sha256"]
+    assert "source" not in config["description"]
+
+
+def test_ranks_of_torchrun_share_the_work(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def extract(out: str) -> dict[str, bytes]:
+        assert main(["extract", "--manifest", str(manifest), "--encoder", "log_mel", "--out", str(tmp_path / out),
+                     "--samples-per-shard", "1"]) == 0
+        return {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+
+    alone = extract("alone")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert len([name for name in extract("shared") if name.endswith(".tar")]) == 1
+    monkeypatch.setenv("RANK", "0")
+    assert extract("shared") == alone
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"--manifest": "missing.jsonl"}, "missing.jsonl"),
+    ({"--encoder": "no/such/folder/here"}, "WhisperEncoder"),
+    ({"--samples-per-shard": "0"}, "samples_per_shard 0"),
+])
+def test_refusals_are_one_line_and_exit_code_2(manifest: Path, tmp_path: Path, change: dict[str, str], message: str,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"--manifest": str(manifest), "--encoder": "log_mel", "--out": str(tmp_path / "out")} | change
+    assert main(["extract", *(word for pair in options.items() for word in pair)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and "Traceback" not in printed.err and not printed.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_installed_command() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "omni-adapters", "extract", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--samples-per-shard" in done.stdout
