@@ -22,6 +22,7 @@ docs: .venv/ready  ## runs every code block of README.md and docs/
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.shards
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
