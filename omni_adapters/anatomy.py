@@ -118,6 +118,11 @@ def unwrap(gpt: nn.Module) -> nn.Module:
     return getattr(gpt, "_orig_mod", gpt)
 
 
+def plain_name(path: str) -> str:
+    """A module's or parameter's path without what torch.compile put into it."""
+    return path.replace("_orig_mod.", "")
+
+
 def logits_of(result: Any) -> Tensor:
     """The logits in whatever a host returns: a tensor, (logits, loss), or an output with `.logits`."""
     found = result[0] if type(result) is tuple else getattr(result, "logits", result)

@@ -18,6 +18,8 @@ Notable:
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,13 +55,17 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, *, rslora: bool = False,
                  generator: torch.Generator | None = None) -> None:
+        check_base(base)
         most = min(base.weight.shape)
-        if not 1 <= rank <= most:
-            raise BadInput("LoRALinear", f"rank = {rank}", f"1 ≤ rank ≤ {most}, the smaller side of the weight")
+        if not isinstance(rank, int) or not 1 <= rank <= most:
+            raise BadInput("LoRALinear", f"rank = {rank}", f"an integer, 1 ≤ rank ≤ {most}, the smaller side of the weight")
+        if not 0 < alpha < math.inf:
+            raise BadInput("LoRALinear", f"alpha = {alpha}", "a finite alpha > 0")
         if not 0 <= dropout < 1:
             raise BadInput("LoRALinear", f"dropout = {dropout}", "0 ≤ dropout < 1")
         vars(self).update(vars(base))  # hooks are shared, whoever takes them away; so is what the base's own class keeps
         self._parameters = base._parameters.copy()
+        self._compiled_call_impl = None  # what base.compile() made knows nothing of lora_a
         vars(self)["base"] = base      # not a sub-module: the weight has one key
         self.flags = {name: p.requires_grad for name, p in base.named_parameters()}
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
@@ -95,6 +101,8 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merge(self) -> None:
         """W ← W + s · B A, computed in fp32; the old W is kept beside it. Merging twice is merging once."""
+        if not self.enabled:
+            raise BadInput("LoRALinear", "a merge while disabled", "a layer whose update counts", "leave lora_disabled first")
         if not self.merged:
             self.unmerged = self.weight.detach().clone()
             self.weight.copy_(self.weight.float() + self.update())
@@ -105,6 +113,12 @@ class LoRALinear(nn.Linear):
         if self.unmerged is not None:
             self.weight.copy_(self.unmerged)
             self.unmerged = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
+        super()._apply(fn, recurse)
+        if self.unmerged is not None:
+            self.unmerged = fn(self.unmerged)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -120,6 +134,15 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def check_base(base: nn.Linear) -> None:
+    if "weight" not in base._parameters:
+        raise BadInput("LoRALinear", f"a {type(base).__name__} whose weight is computed", "a weight that is a parameter",
+                       "remove parametrizations such as weight_norm first")
+    if "forward" in vars(base):
+        raise BadInput("LoRALinear", f"a {type(base).__name__} with a forward of its own instance", "its class's forward",
+                       "inject LoRA before anything wraps the layer")
 
 
 JOINED: dict[type, type[LoRALinear]] = {}
@@ -141,30 +164,48 @@ def blank(base_class: type[nn.Linear]) -> LoRALinear:
 
 def inject_lora(gpt: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, *,
                 targets: Sequence[str] = ("attn", "mlp"), rslora: bool = False, seed: int = 0) -> list[str]:
-    """Put a LoRALinear in the place of every linear layer whose path is one of `targets`, or has one in a part of it;
-    returns their paths.
+    """Put a LoRALinear in the place of every linear layer whose path has one of `targets` in it; returns their paths.
 
-    Layers with a side smaller than `rank` (nanochat's value gates) stay as they are. A weight that several places share
+    Layers with a side smaller than `rank` (nanochat's value gates) stay as they are. A layer that stands in several places
     gets one LoRA. lora_a is drawn from `seed` alone. Load the GPT's checkpoint before: keys of the base stay, those of
-    lora_a and lora_b are new. Raises BadInput where nothing matches or LoRA is there already; the GPT is then as it came.
+    lora_a and lora_b are new. Raises BadInput where nothing matches, layers share a weight, or LoRA is there already; the
+    GPT is then as it came.
     """
     linears = {name: m for name, m in gpt.named_modules() if isinstance(m, nn.Linear)}
-    if any(isinstance(m, LoRALinear) for m in linears.values()):
-        raise BadInput("inject_lora", "a GPT that has LoRA already", "one without", "call remove_lora(gpt) first")
-    chosen = {name: m for name, m in linears.items()
-              if rank <= min(m.weight.shape) and any(target == name or any(target in part for part in name.split("."))
-                                                     for target in targets)}
+    chosen = [name for name, m in linears.items() if "weight" in m._parameters and rank <= min(m.weight.shape)
+              and any(target in part for target in targets for part in name.split("."))]
     if not chosen:
         raise BadInput("inject_lora", f"targets {tuple(targets)} at rank {rank}",
                        f"parts of a path among [{listing(list(linears))}], of a layer at least rank wide on both sides")
+    inject_at(gpt, chosen, rank, alpha, dropout, rslora=rslora, seed=seed)
+    return chosen
+
+
+def inject_at(gpt: nn.Module, paths: Sequence[str], rank: int, alpha: float, dropout: float = 0.0, *, rslora: bool = False,
+              seed: int = 0) -> None:
+    """`inject_lora` for exactly these paths."""
+    if any(isinstance(m, LoRALinear) for m in gpt.modules()):
+        raise BadInput("inject_lora", "a GPT that has LoRA already", "one without", "call remove_lora(gpt) first")
+    found = {id(m): m for m in map(gpt.get_submodule, paths)}
+    if len({id(getattr(m, "weight", m)) for m in found.values()}) < len(found):
+        raise BadInput("inject_lora", f"layers of [{listing(paths)}] that share a weight", "a weight for each",
+                       "narrow `targets` down to one of them")
     generator = torch.Generator().manual_seed(seed)
-    layers = {id(m): LoRALinear(m, rank, alpha, dropout, rslora=rslora, generator=generator) for m in chosen.values()}
+    flags = [(p, p.requires_grad) for p in gpt.parameters()]
+    try:
+        layers = {key: LoRALinear(m, rank, alpha, dropout, rslora=rslora, generator=generator)  # type: ignore[arg-type]
+                  for key, m in found.items()}
+    except BadInput:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
     swap(gpt, lambda module: layers.get(id(module)))
-    return list(chosen)
 
 
 def remove_lora(gpt: nn.Module, *, merged: bool = False) -> nn.Module:
     """Every base layer back in its place, as it came; with `merged`, W + s · B A stays in its weight for good."""
+    if merged:
+        check_own_weights(gpt, "remove_lora")
     for layer in lora_layers(gpt, "remove_lora"):
         layer.unmerge()
         if merged:
@@ -179,8 +220,18 @@ def remove_lora(gpt: nn.Module, *, merged: bool = False) -> nn.Module:
 
 def merge_lora(gpt: nn.Module) -> None:
     """W + s · B A into every weight: no extra work per call, for decoding and export. `unmerge_lora` takes it back."""
+    check_own_weights(gpt, "merge_lora")
     for layer in lora_layers(gpt, "merge_lora"):
         layer.merge()
+
+
+def check_own_weights(gpt: nn.Module, where: str) -> None:
+    """An update merged into a weight that an embedding shares would change the embedding."""
+    owners = Counter(id(p) for module in gpt.modules() for p in module._parameters.values())
+    tied = [name for name, m in gpt.named_modules() if isinstance(m, LoRALinear) and owners[id(m.weight)] > 1]
+    if tied:
+        raise BadInput(where, f"{listing(tied)}, whose weight another module shares", "weights of their own",
+                       "keep LoRA apart from it")
 
 
 def unmerge_lora(gpt: nn.Module) -> None:
@@ -208,6 +259,15 @@ def lora_disabled(gpt: nn.Module) -> Iterator[None]:
 def lora_parameters(gpt: nn.Module) -> list[nn.Parameter]:
     """All lora_a and lora_b: what stage 2 trains of the GPT."""
     return [parameter for layer in lora_layers(gpt, "lora_parameters") for parameter in (layer.lora_a, layer.lora_b)]
+
+
+def lora_settings(layers: Sequence[LoRALinear], where: str) -> dict[str, Any]:
+    """Rank, alpha, dropout and rslora that all layers have; refused where they differ, as no file format here can say so."""
+    kinds = {(m.rank, m.alpha, m.dropout, m.rslora) for m in layers}
+    if len(kinds) > 1:
+        raise BadInput(where, f"layers of {len(kinds)} kinds, (rank, alpha, dropout, rslora) {listing(sorted(kinds))}",
+                       "one kind", "inject one LoRA with one call")
+    return dict(zip(("rank", "alpha", "dropout", "rslora"), kinds.pop()))
 
 
 def lora_layers(gpt: nn.Module, where: str) -> list[LoRALinear]:

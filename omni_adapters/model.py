@@ -10,6 +10,7 @@ Notable:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni_adapters.anatomy import unwrap
+from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.checkpoint import check_same, load_adapter, save_adapter
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import Features, features_to
 from omni_adapters.hooks import ValueEmbeds
-from omni_adapters.lora import LoRALinear, inject_lora, remove_lora
+from omni_adapters.lora import LoRALinear, inject_at, inject_lora, lora_settings, remove_lora
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
@@ -73,9 +74,11 @@ class OmniGPT(nn.Module):
             raise
         self.encoder, self.projector, self.prepender = encoder, projector, prepender
         self.placeholders = None if placeholders is None else dict(placeholders)
-        self.flags = [(p, p.requires_grad) for p in gpt.parameters()]
-        for parameter, _ in self.flags:
-            parameter.requires_grad_(False)
+        self.own_lora = False
+        self.flags = {name: p.requires_grad for name, p in gpt.named_parameters()}
+        gpt.requires_grad_(False)
+        if isinstance(encoder, nn.Module):
+            encoder.requires_grad_(False).eval()
         for layer in self.lora():
             layer.lora_a.requires_grad_(True)
             layer.lora_b.requires_grad_(True)
@@ -88,7 +91,30 @@ class OmniGPT(nn.Module):
                 audio_inputs: Features | None = None, audio_features: Features | None = None, **gpt_kwargs: Any) -> Any:
         """What the GPT returns for `idx` (B, T) and `targets`, having heard: logits (B, T, vocab_size) or the loss."""
         soft = self.soft_tokens(idx.size(0), audio, audio_inputs, audio_features)
-        return self.prepender(idx, targets, soft, **gpt_kwargs)
+        result = self.prepender(idx, targets, soft, **gpt_kwargs)
+        silent = audio is None and audio_inputs is None and audio_features is None
+        return self.touched(result) if silent and targets is not None and self.training else result
+
+    def touched(self, result: Any) -> Any:
+        """A text-only loss plus zero times what is trained: it has a gradient, and DDP sees every parameter in it."""
+        if not torch.is_grad_enabled():
+            return result
+        nothing = self.projector(torch.zeros(1, 1, self.encoder.d_model, device=self.prepender.device())).sum()
+        for row in self.prepender.side_rows.values():
+            nothing = nothing + row.sum()
+        if isinstance(result, Tensor):
+            return result + 0 * nothing
+        if type(result) is tuple:
+            return (result[0], result[1] + 0 * nothing, *result[2:])
+        result.loss = result.loss + 0 * nothing
+        return result
+
+    def train(self, mode: bool = True) -> OmniGPT:
+        """The encoder stays in eval: what it says of a clip must not depend on chance or on the batch."""
+        super().train(mode)
+        if isinstance(self.encoder, nn.Module):
+            self.encoder.eval()
+        return self
 
     def generate(self, tokens: list[int], audio: Waveforms | None = None, *, audio_inputs: Features | None = None,
                  audio_features: Features | None = None, max_tokens: int, temperature: float = 1.0,
@@ -106,13 +132,18 @@ class OmniGPT(nn.Module):
         if len(given) > 1:
             raise BadInput("OmniGPT", " and ".join(given), "one form of sound")
         if audio is not None:
+            if self.placeholders is None and len(audio) != num_rows:
+                raise BadInput("OmniGPT", f"{len(audio)} clips for {num_rows} rows of idx", "one per row, or None for silence")
             features = self.encode(audio)
         elif audio_inputs is not None:
             features = self.encoder(audio_inputs)
         else:
             features = audio_features
-        if features is None:
+        if features is None and self.placeholders is None:
             return None
+        if features is None:  # so that a placeholder without a clip is refused, not read as text
+            empty = torch.zeros(0, 1, self.encoder.d_model, device=self.prepender.device())
+            features = Features(empty, torch.zeros(0, dtype=torch.int64, device=empty.device))
         soft = self.projector(features_to(features, self.prepender.device()))
         return soft if self.placeholders is None else {self.placeholders["audio"]: soft}
 
@@ -133,7 +164,9 @@ class OmniGPT(nn.Module):
 
     def add_lora(self, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **options: Any) -> list[str]:
         """LoRA on the GPT, for stage 2; options as in `inject_lora`. Returns the paths of the layers."""
-        return inject_lora(unwrap(self.gpt), rank, alpha, dropout, **options)
+        paths = inject_lora(unwrap(self.gpt), rank, alpha, dropout, **options)
+        self.own_lora = True
+        return paths
 
     def lora(self) -> list[LoRALinear]:
         return [module for module in self.gpt.modules() if isinstance(module, LoRALinear)]
@@ -144,7 +177,8 @@ class OmniGPT(nn.Module):
         found |= {f"side_rows.{name}": p for name, p in self.prepender.side_rows.items()}
         for name, module in unwrap(self.gpt).named_modules():
             if isinstance(module, LoRALinear):
-                found |= {f"lora.{name}.lora_a": module.lora_a, f"lora.{name}.lora_b": module.lora_b}
+                path = plain_name(name)
+                found |= {f"lora.{path}.lora_a": module.lora_a, f"lora.{path}.lora_b": module.lora_b}
         if isinstance(self.encoder, nn.Module) and not list(self.encoder.parameters()):
             found |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}  # fitted statistics
         return found
@@ -160,12 +194,14 @@ class OmniGPT(nn.Module):
         return [{"name": name, "params": params, "lr": rates[name]} for name, params in groups.items() if params]
 
     def remove(self) -> nn.Module:
-        """The GPT as it came: no hooks, no LoRA, its own flags."""
+        """The GPT as it came: no hooks, no LoRA of ours, its own flags. A second call does nothing."""
+        if not self.prepender.hooks.attached:
+            return self.gpt
         self.prepender.remove()
-        if self.lora():
+        if self.own_lora and self.lora():
             remove_lora(unwrap(self.gpt))
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
+        for name, parameter in self.gpt.named_parameters():
+            parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
         return self.gpt
 
     def describe(self) -> str:
@@ -194,16 +230,15 @@ class OmniGPT(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """All that `load_adapter` needs to build this again, and to refuse another GPT or encoder."""
-        lora = {name: m for name, m in unwrap(self.gpt).named_modules() if isinstance(m, LoRALinear)}
-        first = next(iter(lora.values()), None)
+        lora = {plain_name(name): m for name, m in unwrap(self.gpt).named_modules() if isinstance(m, LoRALinear)}
+        settings = lora_settings(list(lora.values()), "OmniGPT") | {"paths": list(lora)} if lora else None
         return {
             "host": describe_host(self.prepender),
             "encoder": describe_encoder(self.encoder),
             "projector": {name: getattr(self.projector, name) for name in ("in_dim", "out_dim", "hidden_dim", "stack")},
             "value_embeds": self.prepender.value_embeds, "insert_at": self.prepender.insert_at,
             "placeholders": self.placeholders,
-            "lora": None if first is None else {"rank": first.rank, "alpha": first.alpha, "rslora": first.rslora,
-                                                "dropout": first.dropout, "targets": list(lora)},
+            "lora": settings,
         }
 
     def save_adapter(self, path: str | os.PathLike[str]) -> None:
@@ -223,6 +258,8 @@ class OmniGPT(nn.Module):
         if set(saved) != SAVED:
             raise BadInput(where, f"a description of {sorted(saved)}", str(sorted(SAVED)), "save it with OmniGPT.save_adapter")
         encoder = build_encoder(where, saved["encoder"]) if encoder is None else encoder
+        if isinstance(encoder, nn.Module) and not list(encoder.parameters()):
+            encoder = copy.deepcopy(encoder)  # the adapter's statistics must not reach others that use it
         omni = cls(gpt, (encoder, Projector(**saved["projector"])), placeholders=saved["placeholders"],
                    value_embeds=saved["value_embeds"], insert_at=saved["insert_at"])
         try:
@@ -235,7 +272,11 @@ class OmniGPT(nn.Module):
                     side.pop("sha256", None)
             check_same(where, theirs, here)
             if saved["lora"] is not None:
-                omni.add_lora(**saved["lora"])
+                lora = dict(saved["lora"])
+                real = {plain_name(name): name for name, _ in unwrap(gpt).named_modules()}
+                check_same(where, {"paths": [p for p in lora["paths"] if p not in real]}, {"paths": []})
+                inject_at(unwrap(gpt), [real[path] for path in lora.pop("paths")], **lora)
+                omni.own_lora = True
             own = omni.trained()
             check_same(where, {name: list(t.shape) for name, t in tensors.items()}, {n: list(t.shape) for n, t in own.items()})
             with torch.no_grad():
@@ -267,14 +308,16 @@ def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
 def describe_host(prepender: SoftTokenPrepender) -> dict[str, Any]:
     """Sizes of the GPT and a digest of the weights it came with, LoRA left out."""
     anatomy = prepender.anatomy
-    state = {name: t for name, t in unwrap(prepender.gpt).state_dict().items() if not name.endswith((".lora_a", ".lora_b"))}
+    state = {plain_name(name): t for name, t in unwrap(prepender.gpt).state_dict().items()
+             if not name.endswith((".lora_a", ".lora_b"))}
     return {"n_embd": anatomy.n_embd, "vocab_size": anatomy.vocab_size, "num_embeddings": anatomy.num_embeddings,
             "sha256": digest(state)}
 
 
 def describe_encoder(encoder: AudioEncoder) -> dict[str, Any]:
     """What it is, where it came from, and a digest of its weights; None where it has none."""
-    weights = dict(encoder.named_parameters()) if isinstance(encoder, nn.Module) else {}
+    frozen = isinstance(encoder, nn.Module) and bool(list(encoder.parameters()))
+    weights = encoder.state_dict() if isinstance(encoder, nn.Module) and frozen else {}
     source = getattr(encoder, "source", None)
     return {"type": type(encoder).__name__, "source": None if source is None else str(source), "d_model": encoder.d_model,
             "frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate,

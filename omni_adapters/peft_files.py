@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from omni_adapters.lora import LoRALinear, inject_lora, lora_layers, remove_lora
+from omni_adapters.anatomy import plain_name, unwrap
+from omni_adapters.lora import LoRALinear, inject_at, lora_layers, lora_settings, remove_lora
 from omni_adapters.shapes import BadInput, listing, shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,15 +38,11 @@ def export_peft(gpt: nn.Module, folder: str | os.PathLike[str]) -> None:
     Merged or not, lora_a and lora_b are written as they are. Raises BadInput where there is no LoRA or layers differ in
     rank, alpha, dropout or rslora; nothing is written then.
     """
-    lora_layers(gpt, "export_peft")
-    layers = {name: m for name, m in gpt.named_modules() if isinstance(m, LoRALinear)}
-    settings = {(m.rank, m.alpha, m.dropout, m.rslora) for m in layers.values()}
-    if len(settings) > 1:
-        kinds = f"layers of {len(settings)} kinds, (rank, alpha, dropout, rslora) {listing(sorted(settings))}"
-        raise BadInput("export_peft", kinds, "one kind", "inject one LoRA with one call")
-    ((rank, alpha, dropout, rslora),) = settings
-    config = PLAIN | {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora, "inference_mode": True,
-                      "target_modules": list(layers), "base_model_name_or_path": None, "task_type": None}
+    layers = {plain_name(name): m for name, m in unwrap(gpt).named_modules() if isinstance(m, LoRALinear)}
+    shared = lora_settings(lora_layers(gpt, "export_peft"), "export_peft")
+    config = PLAIN | {"r": shared["rank"], "lora_alpha": shared["alpha"], "lora_dropout": shared["dropout"],
+                      "use_rslora": shared["rslora"], "inference_mode": True, "target_modules": list(layers),
+                      "base_model_name_or_path": None, "task_type": None}
     tensors = {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
@@ -65,16 +62,17 @@ def import_peft(gpt: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     where = f"import_peft({os.fspath(folder)})"
     config, tensors = read(where, Path(folder))
     pairs = by_path(where, tensors)
-    linears = {name for name, module in gpt.named_modules() if isinstance(module, nn.Linear)}
-    unknown = sorted(set(pairs) - linears)
+    gpt = unwrap(gpt)
+    linears = {plain_name(name): name for name, module in gpt.named_modules() if isinstance(module, nn.Linear)}
+    unknown = sorted(set(pairs) - set(linears))
     if unknown:
         raise BadInput(where, f"LoRA for {listing(unknown)}", "paths of linear layers of this GPT",
                        "load the GPT it was made for")
-    inject_lora(gpt, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets=tuple(pairs),
-                rslora=config.get("use_rslora", False))
+    inject_at(gpt, [linears[name] for name in pairs], config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
+              rslora=config.get("use_rslora", False))
     try:
         for name, (a, b) in pairs.items():
-            copy_into(where, name, gpt.get_submodule(name), a, b)
+            copy_into(where, name, gpt.get_submodule(linears[name]), a, b)
     except Exception:
         remove_lora(gpt)
         raise
@@ -114,8 +112,7 @@ def by_path(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
 
 @torch.no_grad()
 def copy_into(where: str, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> None:
-    if not isinstance(layer, LoRALinear):
-        raise BadInput(where, f"LoRA for {name}, a layer smaller than its rank", "layers at least rank wide on both sides")
+    assert isinstance(layer, LoRALinear)
     for tensor, own in ((a, layer.lora_a), (b, layer.lora_b)):
         if tensor.shape != own.shape:
             raise BadInput(where, f"{name} with {shape(tensor.shape)}", shape(own.shape), "load the GPT it was made for")

@@ -345,10 +345,11 @@ def test_compiled_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda gpt: inject_lora(gpt, rank=0), "rank = 0; expected 1 ≤ rank"),
+    (lambda gpt: inject_lora(gpt, rank=0), "rank = 0; expected an integer, 1 ≤ rank"),
     (lambda gpt: inject_lora(gpt, rank=99), r"at rank 99; expected parts of a path among \[.*at least rank wide"),
     (lambda gpt: inject_lora(gpt, targets=("convolution",)), r"targets \('convolution',\)"),
     (lambda gpt: inject_lora(gpt, rank=4, dropout=1.0), "dropout = 1.0; expected 0 ≤ dropout < 1"),
+    (lambda gpt: inject_lora(gpt, rank=4, alpha=float("nan")), "alpha = nan"),
     (lambda gpt: LoRALinear(gpt), "a GPT; expected an nn.Linear without LoRA"),
     (lambda gpt: lora_parameters(gpt), r"without LoRA; expected one with\. Call inject_lora"),
     (lambda gpt: merge_lora(gpt), "merge_lora: got a GPT without LoRA"),
@@ -378,3 +379,49 @@ def test_refusals_of_a_gpt_that_has_lora() -> None:
         gpt(IDX)
     unmerge_lora(gpt)
     assert fingerprint(gpt) == before
+
+
+def test_layers_that_share_a_weight_are_refused() -> None:
+    gpt = reference()
+    gpt.transformer["h"][1].mlp.c_fc.weight = gpt.transformer["h"][0].mlp.c_fc.weight
+    before = fingerprint(gpt)
+    with pytest.raises(BadInput, match=r"that share a weight; expected a weight for each\. Narrow"):
+        inject_lora(gpt, rank=4)
+    assert fingerprint(gpt) == before
+
+
+def test_a_head_tied_to_the_embedding_keeps_lora_apart() -> None:
+    gpt = tuned(nano_gpt(), targets=("lm_head",)).eval()
+    expected, before = logits(gpt), fingerprint(gpt)
+    for call in (merge_lora, lambda gpt: remove_lora(gpt, merged=True)):
+        with pytest.raises(BadInput, match="lm_head, whose weight another module shares"):
+            call(gpt)
+    assert torch.equal(logits(gpt), expected) and fingerprint(gpt) == before
+
+
+def test_a_layer_compiled_by_itself_is_not_deaf_to_its_update() -> None:
+    base = nn.Linear(8, 8)
+    base.compile(backend="eager")
+    layer, x = LoRALinear(base, 2), torch.randn(3, 8)
+    nn.init.normal_(layer.lora_b)
+    torch.testing.assert_close(layer(x) - base(x), F.linear(x, layer.update()), **SUMS)
+
+
+def test_layers_that_are_wrapped_or_computed_are_refused() -> None:
+    base = nn.Linear(8, 8)
+    base.forward = lambda x: x
+    with pytest.raises(BadInput, match=r"with a forward of its own instance.*Inject LoRA before"):
+        LoRALinear(base, 2)
+    with pytest.raises(BadInput, match="whose weight is computed"):
+        LoRALinear(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), 2)
+
+
+def test_a_merged_layer_moves_whole_and_does_not_merge_while_disabled() -> None:
+    gpt = tuned(reference())
+    merge_lora(gpt)
+    gpt.bfloat16()
+    assert {tensor.dtype for name, tensor in gpt.state_dict().items() if "lora_" not in name} == {torch.bfloat16}
+    unmerge_lora(gpt)
+    assert torch.equal(gpt.transformer["h"][0].mlp.c_fc.weight, reference().bfloat16().transformer["h"][0].mlp.c_fc.weight)
+    with lora_disabled(gpt), pytest.raises(BadInput, match="a merge while disabled"):
+        merge_lora(gpt)

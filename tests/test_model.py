@@ -254,6 +254,87 @@ def test_a_damaged_file_changes_nothing(tmp_path: Path) -> None:
     assert fingerprint(gpt) == before
 
 
+def test_lora_that_the_gpt_came_with_stays(tmp_path: Path) -> None:
+    ears(reference()).save_adapter(tmp_path / "plain")
+    omni = ears(reference())
+    omni.add_lora(3)
+    omni.save_adapter(tmp_path / "lora")
+    gpt = reference()
+    inject_lora(gpt, rank=4)
+    for parameter in lora_parameters(gpt):
+        parameter.data.add_(0.1)
+    torch.manual_seed(0)
+    before = fingerprint(gpt)
+    with pytest.raises(BadInput):
+        OmniGPT.load_adapter(tmp_path / "lora", gpt)
+    again = ears(gpt)
+    again.remove()
+    assert again.remove() is gpt
+    torch.manual_seed(0)
+    assert fingerprint(gpt) == before
+
+
+def test_compiled_blocks_have_the_same_names_in_a_file(tmp_path: Path) -> None:
+    gpt = reference()
+    gpt.transformer["h"][0].mlp = torch.compile(gpt.transformer["h"][0].mlp, backend="eager")
+    omni = ears(gpt)
+    omni.add_lora(3)
+    trained(omni).save_adapter(tmp_path / "a")
+    assert not any("_orig_mod" in name for name in omni.trained())
+    plain = OmniGPT.load_adapter(tmp_path / "a", reference())
+    torch.testing.assert_close(logits(plain), logits(omni), rtol=0, atol=1e-5)
+
+
+def test_two_kinds_of_lora_do_not_fit_one_file(tmp_path: Path) -> None:
+    omni = ears(reference())
+    omni.add_lora(3)
+    omni.lora()[0].alpha = 5.0
+    with pytest.raises(BadInput, match="layers of 2 kinds"):
+        omni.save_adapter(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_is_passed_keeps_its_own_statistics(tmp_path: Path) -> None:
+    ears(reference()).save_adapter(tmp_path / "a")
+    encoder = LogMelEncoder()
+    omni = OmniGPT.load_adapter(tmp_path / "a", reference(), encoder=encoder)
+    assert not encoder.mean.any() and omni.encoder.mean.any()
+
+
+class Own(LogMelEncoder):
+    """A user's encoder with something that could train and something that could waver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.drop = nn.Linear(80, 80), nn.Dropout(0.5)
+
+    def forward(self, inputs: Features) -> Features:
+        values, lens = super().forward(inputs)
+        return Features(self.drop(self.mix(values)), lens)
+
+
+def test_any_encoder_is_frozen_and_stays_in_evaluation() -> None:
+    omni = OmniGPT(reference(), (Own(), Projector(80, 32, zero_init=False))).train()
+    omni(IDX, TARGETS, waves(0.4, 0.25)).backward()
+    assert omni.projector.training and not omni.encoder.drop.training and omni.encoder.mix.weight.grad is None
+    assert not any(p.requires_grad for p in omni.encoder.parameters())
+
+
+@pytest.mark.parametrize("build", [reference, nano_gpt, tiny_hf])
+@pytest.mark.parametrize("placeholders", [None, {"audio": P}])
+def test_a_batch_without_sound_has_a_gradient_for_all_that_trains(build: Callable[[], nn.Module], placeholders: Any) -> None:
+    """Zero, not None: DDP waits for every parameter, and a sum of losses may have no other term."""
+    omni = ears(build().train(), placeholders=placeholders, value_embeds="learned").train()
+    result = omni(IDX, TARGETS)
+    loss = result if isinstance(result, Tensor) else result[1] if type(result) is tuple else result.loss
+    plain = SoftTokenPrepender(build().train().requires_grad_(False))(IDX, TARGETS)
+    expected = plain if isinstance(plain, Tensor) else plain[1] if type(plain) is tuple else plain.loss
+    assert torch.equal(loss, expected)
+    loss.backward()
+    for group in omni.trainable_parameters():
+        assert all(p.grad is not None and not p.grad.any() for p in group["params"])
+
+
 class Foreign(LogMelEncoder):
     """An encoder the library does not know."""
 
@@ -290,11 +371,15 @@ def test_sound_that_cannot_be_heard() -> None:
     inputs = omni.encoder.preprocess(sound)
     with pytest.raises(BadInput, match="audio and audio_inputs; expected one form"):
         omni(IDX, None, sound, audio_inputs=inputs)
-    with pytest.raises(BadInput, match="1 rows of soft tokens for 2 rows"):
-        omni(IDX, None, sound[:1])
+    for wrong in (sound[:1], [], [None] * 3):
+        with pytest.raises(BadInput, match=f"{len(wrong)} clips for 2 rows"):
+            omni(IDX, None, wrong)
     with pytest.raises(BadInput, match="width 80"):
         omni(IDX, None, audio_features=Features(torch.zeros(2, 3, 8), torch.tensor([3, 3])))
     placed = ears(reference(), placeholders={"audio": P})
+    for form in ({}, {"audio": []}):
+        with pytest.raises(BadInput, match="0 clips for 1 placeholders"):
+            placed(torch.tensor([[1, P, 2]]), None, **form)
     with pytest.raises(BadInput, match="1 clips that are None"):
         placed(torch.tensor([[P, 1], [2, P]]), None, [sound[0], None])
     assert torch.equal(omni(IDX, None, sound), omni(IDX, None, audio_inputs=inputs))  # and nothing has changed
