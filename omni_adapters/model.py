@@ -92,7 +92,8 @@ class OmniGPT(nn.Module):
         """What the GPT returns for `idx` (B, T) and `targets`, having heard: logits (B, T, vocab_size) or the loss."""
         soft = self.soft_tokens(idx.size(0), audio, audio_inputs, audio_features)
         result = self.prepender(idx, targets, soft, **gpt_kwargs)
-        silent = audio is None and audio_inputs is None and audio_features is None
+        clips = soft[self.placeholders["audio"]] if isinstance(soft, Mapping) and self.placeholders else soft
+        silent = clips is None or (isinstance(clips, Features) and clips.values.size(0) == 0)
         return self.touched(result) if silent and targets is not None and self.training else result
 
     def touched(self, result: Any) -> Any:

@@ -321,11 +321,13 @@ def test_any_encoder_is_frozen_and_stays_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("build", [reference, nano_gpt, tiny_hf])
-@pytest.mark.parametrize("placeholders", [None, {"audio": P}])
-def test_a_batch_without_sound_has_a_gradient_for_all_that_trains(build: Callable[[], nn.Module], placeholders: Any) -> None:
+@pytest.mark.parametrize(("placeholders", "audio"),
+                         [(None, None), (None, [None, None]), ({"audio": P}, None), ({"audio": P}, [])])
+def test_a_batch_without_sound_has_a_gradient_for_all_that_trains(build: Callable[[], nn.Module], placeholders: Any,
+                                                                  audio: Any) -> None:
     """Zero, not None: DDP waits for every parameter, and a sum of losses may have no other term."""
     omni = ears(build().train(), placeholders=placeholders, value_embeds="learned").train()
-    result = omni(IDX, TARGETS)
+    result = omni(IDX, TARGETS, audio)
     loss = result if isinstance(result, Tensor) else result[1] if type(result) is tuple else result.loss
     plain = SoftTokenPrepender(build().train().requires_grad_(False))(IDX, TARGETS)
     expected = plain if isinstance(plain, Tensor) else plain[1] if type(plain) is tuple else plain.loss
