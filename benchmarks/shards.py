@@ -33,7 +33,7 @@ from omni_adapters.data.manifest import ManifestRow
 from omni_adapters.data.shards import ShardReader, write_shards
 from omni_adapters.data.speech import speak
 from omni_adapters.encoders.whisper import WhisperEncoder
-from omni_adapters.features import pad_rows
+from omni_adapters.features import features_to
 from omni_adapters.model import describe_encoder
 from omni_adapters.reference_gpt import GPT, GPTConfig
 
@@ -91,8 +91,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return [rows[number].text for number in numbers], {"audio": waves}
 
     def stored(numbers: list[int]) -> tuple[list[str], dict[str, Any]]:
-        samples = [reader.read(number) for number in numbers]
-        return [row["text"] for _, row in samples], {"audio_features": pad_rows([values.float() for values, _ in samples])}
+        features, found = reader.load_batch(numbers)
+        return [row["text"] for row in found], {"audio_features": features_to(features, torch.float32)}
 
     with torch.no_grad():
         losses = {name: loss_of(omni, *load(list(range(ROWS)))).item() for name, load in (("online", online), ("shards", stored))}

@@ -15,7 +15,6 @@ Writes runs/demo/{metrics.json, loss.png, spectrogram_to_text.png, hello.wav, ad
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -38,6 +37,7 @@ from omni_adapters.data.speech import add_noise, speak
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.features import pad_rows, select
 from omni_adapters.generate import generate_batch
+from omni_adapters.model import digest
 from omni_adapters.reference_gpt import GPT, GPTConfig
 
 SLOTS = {
@@ -228,13 +228,6 @@ def evaluate(omni: OmniGPT, sets: dict[str, tuple[list[Tensor], list[str]]]) -> 
     return results
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ---- one new sentence -------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +336,7 @@ def main() -> None:
     gpt = GPT(GPTConfig(sequence_len=256, vocab_size=len(WORDS), n_layer=4, n_head=4, n_kv_head=4, n_embd=128))
     pretraining = pretrain(gpt, args.lm_steps, args.rows, args.lm_lr, args.seed)
     gpt.eval()
-    before = fingerprint(gpt)
+    before = digest(gpt.state_dict())
 
     encoder = LogMelEncoder()
     encoder.fit_statistics(inputs(frames[:500]))
@@ -365,7 +358,7 @@ def main() -> None:
     draw_losses(pretraining, losses, args.out / "loss.png")
     omni.save_adapter(args.out / "adapter.safetensors")
 
-    unchanged = fingerprint(gpt) == before
+    unchanged = digest(gpt.state_dict()) == before
     metrics = results | {
         "trainable_parameters": sum(p.numel() for p in projector.parameters()),
         "frozen_parameters": sum(p.numel() for p in gpt.parameters()), "lm_unchanged": unchanged,

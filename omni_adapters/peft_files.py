@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from omni_adapters.anatomy import plain_name, unwrap
+from omni_adapters.data.manifest import write_whole
 from omni_adapters.lora import LoRALinear, inject_at, lora_layers, lora_settings, remove_lora
 from omni_adapters.shapes import BadInput, listing, shape
 
@@ -49,8 +50,8 @@ def export_peft(gpt: nn.Module, folder: str | os.PathLike[str]) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    replace(target / WEIGHTS, save(tensors, {"format": "pt"}))
-    replace(target / CONFIG, (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+    write_whole("export_peft", target / WEIGHTS, save(tensors, {"format": "pt"}))
+    write_whole("export_peft", target / CONFIG, (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
 
 
 def import_peft(gpt: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
@@ -117,13 +118,3 @@ def copy_into(where: str, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> 
         if tensor.shape != own.shape:
             raise BadInput(where, f"{name} with {shape(tensor.shape)}", shape(own.shape), "load the GPT it was made for")
         own.copy_(tensor)
-
-
-def replace(path: Path, data: bytes) -> None:
-    """The whole file or the old one."""
-    temporary = path.with_name(path.name + ".saving")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
