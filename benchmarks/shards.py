@@ -29,8 +29,9 @@ import omni_adapters
 from omni_adapters import OmniGPT, Projector
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.collate import collate
+from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import ManifestRow
-from omni_adapters.data.shards import ShardReader, write_shards
+from omni_adapters.data.shards import ShardReader
 from omni_adapters.data.speech import speak
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import features_to

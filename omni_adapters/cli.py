@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import read_manifest
-from omni_adapters.data.shards import DTYPES, write_shards
+from omni_adapters.data.shard_format import DTYPES
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.weights import WeightsUnavailable

@@ -38,7 +38,7 @@ def test_extract_log_mel(manifest: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main(command) == 0 and capsys.readouterr().out == f"{out}\n"
     reader = ShardReader(out, verify=True)
     assert reader.config["description"]["type"] == "LogMelEncoder" and len(reader) == 3
-    (heard, rows), = reader.batches(max_tokens=1000, seed=0, epoch=0)
+    heard, rows = reader.load_batch([2, 0, 1])
     encoder = LogMelEncoder()
     for row, values, steps in zip(rows, heard.values, heard.lens):
         sound = load_audio(tmp_path / row["audio"], 16_000)

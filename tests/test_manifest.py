@@ -123,8 +123,8 @@ UNWRITABLE = [
     (ManifestRow("", "hi", 1.0), "where 'audio' is ''; expected a path"),
     (ManifestRow("a.wav", None, 1.0), "where 'text' is None; expected a string"),
     (ManifestRow("a.wav", "hi", 1.0, {"text": "ho"}), "with attributes text; expected attributes of other names"),
-    (ManifestRow("a.wav", "hi", 1.0, {"x": (1, 2)}), "with attributes that JSON changes"),
-    (ManifestRow("a.wav", "hi", 1.0, {"x": {1: 2}}), "with attributes that JSON changes"),
+    (ManifestRow("a.wav", "hi", 1.0, {"x": (1, 2)}), "with values that JSON changes"),
+    (ManifestRow("a.wav", "hi", 1.0, {"x": {1: 2}}), "with values that JSON changes"),
     (ManifestRow("a.wav", "hi", 1.0, {"x": object()}), "with a value JSON cannot hold (Object of type object"),
     (ManifestRow("a.wav", "hi", 1.0, {"x": math.inf}), "with a value JSON cannot hold (Out of range float"),
 ]

@@ -5,10 +5,12 @@ Notable:
 - What `json` alone lets pass is refused: a key given twice in one row, NaN, Infinity, lone surrogates.
 - Audio paths are absolute in memory and relative to the manifest's folder on disk: a data set can be moved whole.
 - A file appears whole or not at all, and equal rows are written as equal bytes.
+- A portable row tells its audio from the deepest folder that holds all of it: a data set keeps its sha256 when it moves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -75,6 +77,64 @@ def write_manifest(path: str | os.PathLike[str], rows: Sequence[ManifestRow]) ->
     write_whole("write_manifest", path, "".join(lines).encode())
 
 
+def common_folder(where: str, rows: Sequence[ManifestRow]) -> str:
+    """The deepest folder that holds all audio, against the working folder where paths are relative. No rows: `BadInput`."""
+    if not len(rows):
+        raise BadInput(where, "no manifest rows", "at least one")
+    here = os.getcwd()
+    return os.path.commonpath({os.path.dirname(os.path.join(here, row.audio)) for row in rows})
+
+
+def portable_row(where: str, number: int, row: ManifestRow, folder: str) -> dict[str, Any]:
+    """Row `number` (from 0) as JSON values, its audio path relative to `folder`. Refused as `row_values` does, by its line."""
+    audio = Path(os.path.relpath(row.audio, folder)).as_posix()
+    return row_values(f"{where}, {manifest_lines([number])}", "a row", row, audio)
+
+
+def manifest_sha256(where: str, rows: Sequence[ManifestRow]) -> str:
+    """Of the portable rows, a line each: spacing, key order and the place of the data set do not count, audio is not read."""
+    folder, digest = common_folder(where, rows), hashlib.sha256()
+    for number, row in enumerate(rows):
+        digest.update(json_bytes(portable_row(where, number, row, folder)) + b"\n")
+    return digest.hexdigest()
+
+
+def manifest_lines(numbers: Sequence[int]) -> str:
+    """How errors name rows, counted from 0: the lines of a manifest that has no blank ones, counted from 1."""
+    return f"manifest line{'s' if len(numbers) > 1 else ''} {listing([number + 1 for number in numbers])}"
+
+
+def row_values(where: str, what: str, row: ManifestRow, audio: str) -> dict[str, Any]:
+    """The row as one dict of JSON values with this audio path; what JSON cannot give back as it was is refused."""
+    taken = [key for key in _FIELDS if key in row.attributes]
+    if taken:
+        raise BadInput(where, f"{what} with attributes {listing(taken)}", "attributes of other names",
+                       f"{listing(list(_FIELDS))} are fields of the row itself")
+    try:
+        seconds = float(row.seconds)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadInput(where, f"{what}, where 'seconds' is {row.seconds!r:.40}", "a number for 'seconds'") from error
+    return json_values(where, what, {**row.attributes, "audio": audio, "text": row.text, "seconds": seconds})
+
+
+def json_values(where: str, what: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A copy that JSON gives back as it was, or a refusal: what is read must equal what was meant."""
+    try:
+        copy = json.loads(json_bytes(values))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(where, f"{what} with a value JSON cannot hold ({error})",
+                       "text, finite numbers, lists and string-keyed dicts") from error
+    if not isinstance(copy, dict) or copy != values:
+        raise BadInput(where, f"{what} with values that JSON changes", "a dict of JSON values",
+                       "turn tuples into lists and keys into strings")
+    return copy
+
+
+def json_bytes(values: Any) -> bytes:
+    """Equal values → equal bytes: UTF-8, keys sorted, no spaces. NaN and infinity raise ValueError."""
+    return json.dumps(values, ensure_ascii=False, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+
+
 def write_whole(where: str, path: str | os.PathLike[str], content: bytes) -> None:
     """Put `content` at `path` in one step: a reader, or a crash, sees the old file or the new one, never a part."""
     target = Path(path)
@@ -93,25 +153,14 @@ def write_whole(where: str, path: str | os.PathLike[str], content: bytes) -> Non
 
 
 def _line(place: str, row: ManifestRow, folder: Path) -> str:
-    taken = [key for key in _FIELDS if key in row.attributes]
-    if taken:
-        raise BadInput("write_manifest", f"{place} with attributes {listing(taken)}", "attributes of other names",
-                       f"{listing(list(_FIELDS))} are fields of the row itself")
-    try:
-        own = {"audio": _stored(row.audio, folder), "text": row.text, "seconds": float(row.seconds)}
-        line = json.dumps({**row.attributes, **own}, ensure_ascii=False, sort_keys=True, allow_nan=False)
-        content = line.encode()
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise BadInput("write_manifest", f"{place} with a value JSON cannot hold ({error})",
-                       "text, finite numbers, lists and string-keyed dicts") from error
-    if _parse("write_manifest", place, content).attributes != row.attributes:
-        raise BadInput("write_manifest", f"{place} with attributes that JSON changes", "JSON values",
-                       "turn tuples into lists and keys into strings")
+    values = row_values("write_manifest", place, row, _stored(row.audio, folder))
+    line = json.dumps(values, ensure_ascii=False, sort_keys=True)
+    _parse("write_manifest", place, line.encode())  # what `read_manifest` would refuse
     return line + "\n"
 
 
 def _stored(audio: str, folder: Path) -> str:
-    if not audio:
+    if not audio or not isinstance(audio, str):
         return audio  # `_parse` refuses it in its own words
     absolute = Path(audio).absolute()
     return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
