@@ -130,20 +130,6 @@ def load_adapter(path: StrPath, *, max_bytes: int = 4 << 30) -> tuple[dict[str, 
     return {entry.name: _as_tensor(where, entry, buffer) for entry, buffer in zip(entries, buffers)}, description
 
 
-def check_same(where: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse an adapter that was trained for something else: raises BadInput naming every key in which two descriptions
-    differ, with both sides.
-
-    where: who asks, for the message. saved: as loaded. here: of the host and encoders at hand, nested likewise.
-    Numbers compare by value (32 is 32.0), but True is not 1; a tuple counts as the list that JSON makes of it.
-    """
-    differing = list(_differences(saved, here, ""))
-    if differing:
-        raise BadInput(where, f"an adapter made for something else ({listing(differing, len(differing))})",
-                       "the same description as when it was saved",
-                       "load it into the host and encoders it was trained with, or train one for these")
-
-
 # What may stand in a file
 
 
@@ -485,28 +471,6 @@ def _as_tensor(where: str, entry: Entry, buffer: Tensor) -> Tensor:
     return tensor
 
 
-# Comparing
-
-ABSENT = object()
-
-
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key in sorted({*saved, *here}):
-        ours, theirs = here.get(key, ABSENT), saved.get(key, ABSENT)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            yield from _differences(theirs, ours, f"{prefix}{_label(key)}.")
-        elif not _equal(theirs, ours):
-            yield f"{prefix}{_label(key)}: saved {_brief(theirs)}, here {_brief(ours)}"
-
-
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return isinstance(one, bool) == isinstance(other, bool) and one == other
-
-
 def _label(key: str) -> str:
     """A key of a description, fit for a message: as it stands, unless that would break the line."""
     return f"{key!r:.80}" if UNWRITABLE.search(key) else f"{key:.80}"
@@ -514,6 +478,6 @@ def _label(key: str) -> str:
 
 def _brief(value: object) -> str:
     try:
-        return "nothing" if value is ABSENT else f"{value!r:.100}"
+        return f"{value!r:.100}"
     except Exception:  # an integer of more digits than Python prints, or an object that cannot
         return f"something unprintable of type {type(value).__name__}"

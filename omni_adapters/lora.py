@@ -11,7 +11,7 @@
 Notable:
 - `LoRALinear(base)` is an instance of `type(base)` too: a host that counts, casts or compiles its own linear class goes on
   doing so, and `base.weight` is the same Parameter under the same key
-- A and B are fp32 masters, cast to the activation's dtype, whatever dtype the host has
+- A and B are fp32 masters, cast to the activation's dtype, whatever dtype the host has or is cast to later
 - what is saved is always W, A and B apart, merged or not; `remove_lora(gpt, merged=True)` leaves W + s · B A behind
 (Hu et al., LoRA, arXiv:2106.09685; s = alpha / rank, or alpha / √rank: rsLoRA, arXiv:2312.03732)
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.shapes import BadInput, listing
 
 
@@ -115,7 +116,7 @@ class LoRALinear(nn.Linear):
             self.unmerged = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
-        super()._apply(fn, recurse)
+        super()._apply(keeping_dtype(fn, (self.lora_a, self.lora_b)), recurse)
         if self.unmerged is not None:
             self.unmerged = fn(self.unmerged)
         return self
@@ -134,6 +135,18 @@ class LoRALinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor], masters: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` as nn.Module._apply takes it, but a cast only moves `masters` and their gradients: an update of 1e-4 of a weight
+    is lost in bf16, whose steps are 2⁻⁸ of it."""
+    kept = {id(tensor) for master in masters for tensor in (master, master.grad) if tensor is not None}
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+    return apply
 
 
 def check_base(base: nn.Linear) -> None:
@@ -206,16 +219,24 @@ def remove_lora(gpt: nn.Module, *, merged: bool = False) -> nn.Module:
     """Every base layer back in its place, as it came; with `merged`, W + s · B A stays in its weight for good."""
     if merged:
         check_own_weights(gpt, "remove_lora")
+    relink_bases(gpt)
     for layer in lora_layers(gpt, "remove_lora"):
         layer.unmerge()
         if merged:
             layer.merge()
         for name, flag in layer.flags.items():
-            layer.base.register_parameter(name, layer.get_parameter(name))  # Module.to may have made new ones
             layer.base.get_parameter(name).requires_grad_(flag)
         layer.base.train(layer.training)
     swap(gpt, lambda module: module.base if isinstance(module, LoRALinear) else None)
     return gpt
+
+
+def relink_bases(gpt: nn.Module) -> None:
+    """Give every base layer the parameters that its LoRALinear has now. Module.to and fully_shard may have made new ones,
+    and a base that held on to the old would keep a second copy of each weight in memory."""
+    for layer in lora_by_path(gpt).values():
+        for name in layer.flags:
+            layer.base.register_parameter(name, layer.get_parameter(name))
 
 
 def merge_lora(gpt: nn.Module) -> None:
@@ -270,8 +291,13 @@ def lora_settings(layers: Sequence[LoRALinear], where: str) -> dict[str, Any]:
     return dict(zip(("rank", "alpha", "dropout", "rslora"), kinds.pop()))
 
 
+def lora_by_path(gpt: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRA layer by the path of its module, as an uncompiled GPT has it; empty without LoRA."""
+    return {plain_name(name): module for name, module in unwrap(gpt).named_modules() if isinstance(module, LoRALinear)}
+
+
 def lora_layers(gpt: nn.Module, where: str) -> list[LoRALinear]:
-    layers = [module for module in gpt.modules() if isinstance(module, LoRALinear)]
+    layers = list(lora_by_path(gpt).values())
     if not layers:
         raise BadInput(where, f"a {type(gpt).__name__} without LoRA", "one with", "call inject_lora(gpt) first")
     return layers

@@ -6,6 +6,8 @@ Notable:
 - the GPT and the encoder are frozen from the start; what trains is the projector, learned side rows, and LoRA
 - `audio` may enter at three places: as waveforms, as encoder inputs (made by DataLoader workers), as cached features
 - an adapter is one file: everything trained, and a description of what it was trained with (`checkpoint`)
+- every forward takes the same way, with sound or without: the projector runs once, then the GPT, and in training a gradient
+  reaches all that trains. Where processes share the weights they meet in the same order whatever each one hears
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from omni_adapters.anatomy import plain_name, unwrap
-from omni_adapters.checkpoint import check_same, load_adapter, save_adapter
+from omni_adapters.checkpoint import load_adapter, save_adapter
+from omni_adapters.descriptions import check_same
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import Features, features_to
 from omni_adapters.hooks import ValueEmbeds
-from omni_adapters.lora import LoRALinear, inject_at, inject_lora, lora_settings, remove_lora
+from omni_adapters.hub import fetch_adapter, model_card, publish
+from omni_adapters.lora import LoRALinear, inject_at, inject_lora, keeping_dtype, lora_by_path, lora_settings, remove_lora
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
@@ -35,10 +40,11 @@ from omni_adapters.splice import SoftTokens
 
 Waveforms = Sequence["Tensor | np.ndarray | None"]
 
-ENCODERS: dict[str, Callable[[str | None], AudioEncoder]] = {
-    "LogMelEncoder": lambda source: LogMelEncoder(),
-    "WhisperEncoder": lambda source: WhisperEncoder(source),
+ENCODERS: dict[str, Callable[[str | None, torch.dtype], AudioEncoder]] = {
+    "LogMelEncoder": lambda source, dtype: LogMelEncoder(),
+    "WhisperEncoder": lambda source, dtype: WhisperEncoder(source, dtype=dtype),
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SAVED = {"host", "encoder", "projector", "value_embeds", "insert_at", "placeholders", "lora"}  # keys of a description
 RATES = {  # AdamW learning rates that the field uses: LLaVA (arXiv:2304.08485) for the projector, its LoRA recipe beside it
     "align": {"projector": 1e-3, "side_rows": 1e-3},
@@ -75,6 +81,7 @@ class OmniGPT(nn.Module):
         self.encoder, self.projector, self.prepender = encoder, projector, prepender
         self.placeholders = None if placeholders is None else dict(placeholders)
         self.own_lora = False
+        self.host_digest = Digest()
         self.flags = {name: p.requires_grad for name, p in gpt.named_parameters()}
         gpt.requires_grad_(False)
         if isinstance(encoder, nn.Module):
@@ -89,26 +96,25 @@ class OmniGPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, audio: Waveforms | None = None, *,
                 audio_inputs: Features | None = None, audio_features: Features | None = None, **gpt_kwargs: Any) -> Any:
-        """What the GPT returns for `idx` (B, T) and `targets`, having heard: logits (B, T, vocab_size) or the loss."""
-        soft = self.soft_tokens(idx.size(0), audio, audio_inputs, audio_features)
-        result = self.prepender(idx, targets, soft, **gpt_kwargs)
-        clips = soft[self.placeholders["audio"]] if isinstance(soft, Mapping) and self.placeholders else soft
-        silent = clips is None or (isinstance(clips, Features) and clips.values.size(0) == 0)
-        return self.touched(result) if silent and targets is not None and self.training else result
+        """What the GPT returns for `idx` (B, T) and `targets`, having heard: logits (B, T, vocab_size) or the loss.
 
-    def touched(self, result: Any) -> Any:
-        """A text-only loss plus zero times what is trained: it has a gradient, and DDP sees every parameter in it."""
-        if not torch.is_grad_enabled():
-            return result
-        nothing = self.projector(torch.zeros(1, 1, self.encoder.d_model, device=self.prepender.device())).sum()
-        for row in self.prepender.side_rows.values():
-            nothing = nothing + row.sum()
-        if isinstance(result, Tensor):
-            return result + 0 * nothing
-        if type(result) is tuple:
-            return (result[0], result[1] + 0 * nothing, *result[2:])
-        result.loss = result.loss + 0 * nothing
-        return result
+        A batch without sound is the bare GPT's, bit for bit, unless it trains: then it runs with soft tokens of length 0,
+        so that its loss, or what is made of its logits, has a gradient, of zero, for all that hears.
+        """
+        features = self.features(idx.size(0), audio, audio_inputs, audio_features)
+        soft = self.project(features, idx.size(0))
+        if features is None and self.training and torch.is_grad_enabled():
+            targets = self.check_silent(idx, targets, soft, gpt_kwargs.get("loss_reduction", "mean"))
+            return self.prepender(idx, targets, soft, **gpt_kwargs)
+        return self.prepender(idx, targets, self.placed(features, soft), **gpt_kwargs)
+
+    def check_silent(self, idx: Tensor, targets: Tensor | None, soft: Features, reduction: str) -> Tensor | None:
+        """Placeholders get no clips: one in idx is refused, one in targets not graded."""
+        clips = self.placed(None, soft)
+        if clips is None:
+            return targets
+        self.prepender.columns("OmniGPT", idx, clips)
+        return None if targets is None else self.prepender.graded("OmniGPT", idx, targets, clips, reduction)
 
     def train(self, mode: bool = True) -> OmniGPT:
         """The encoder stays in eval: what it says of a clip must not depend on chance or on the batch."""
@@ -122,31 +128,43 @@ class OmniGPT(nn.Module):
                  top_k: int | None = None, seed: int = 42) -> Iterator[int]:
         """Stream token ids after one prompt, as `SoftTokenPrepender.generate`. Call `eval()` first where LoRA has dropout."""
         with torch.no_grad():
-            soft = self.soft_tokens(1, audio, audio_inputs, audio_features)
+            features = self.features(1, audio, audio_inputs, audio_features)
+            soft = self.placed(features, self.project(features, 1))
         return self.prepender.generate(tokens, soft, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
 
-    def soft_tokens(self, num_rows: int, audio: Waveforms | None = None, audio_inputs: Features | None = None,
-                    audio_features: Features | None = None) -> SoftTokens | None:
-        """Sound in any of its forms → what the prepender takes; None where there is no sound."""
+    def features(self, num_rows: int, audio: Waveforms | None = None, audio_inputs: Features | None = None,
+                 audio_features: Features | None = None) -> Features | None:
+        """Sound in any of its forms → features (B, T, d_model), one row a clip; None where there is not one frame."""
         given = [name for name, value in (("audio", audio), ("audio_inputs", audio_inputs),
                                           ("audio_features", audio_features)) if value is not None]
         if len(given) > 1:
             raise BadInput("OmniGPT", " and ".join(given), "one form of sound")
+        if audio is not None and self.placeholders is None and len(audio) != num_rows:
+            raise BadInput("OmniGPT", f"{len(audio)} clips for {num_rows} rows of idx", "one per row, or None for silence")
+        features = audio_features
         if audio is not None:
-            if self.placeholders is None and len(audio) != num_rows:
-                raise BadInput("OmniGPT", f"{len(audio)} clips for {num_rows} rows of idx", "one per row, or None for silence")
             features = self.encode(audio)
         elif audio_inputs is not None:
             features = self.encoder(audio_inputs)
-        else:
-            features = audio_features
-        if features is None and self.placeholders is None:
-            return None
-        if features is None:  # so that a placeholder without a clip is refused, not read as text
-            empty = torch.zeros(0, 1, self.encoder.d_model, device=self.prepender.device())
-            features = Features(empty, torch.zeros(0, dtype=torch.int64, device=empty.device))
-        soft = self.projector(features_to(features, self.prepender.device()))
-        return soft if self.placeholders is None else {self.placeholders["audio"]: soft}
+        return None if features is None or not features.values.numel() else features
+
+    def project(self, features: Features | None, num_rows: int) -> Features:
+        """Features → soft tokens; silence → one of length 0 for each row. The projector runs either way: where it is
+        sharded, processes that hear and processes that do not have to meet in it.
+
+        float16 is for storing: gradients of soft tokens near zero, where the GPT's norm is steepest, pass its 65,504."""
+        if features is None:
+            silence = torch.zeros(num_rows, 1, self.encoder.d_model, device=self.prepender.device())
+            features = Features(silence, torch.zeros(num_rows, dtype=torch.int64, device=silence.device))
+        dtype = self.projector.fc1.weight.dtype if features.values.dtype is torch.float16 else features.values.dtype
+        return self.projector(features_to(features, self.prepender.device(), dtype))
+
+    def placed(self, features: Features | None, soft: Features) -> SoftTokens | None:
+        """What the prepender takes: `soft`, at placeholders where there are some. Where nothing is heard None, or no clip
+        for any placeholder, so that one without its clip is refused, not read as text."""
+        if self.placeholders is None:
+            return None if features is None else soft
+        return {self.placeholders["audio"]: Features(soft.values[:0], soft.lens[:0]) if features is None else soft}
 
     def encode(self, audio: Waveforms) -> Features | None:
         """Waveforms → features (B, T, d_model); rows of None get length 0. None where every row is None."""
@@ -170,16 +188,19 @@ class OmniGPT(nn.Module):
         return paths
 
     def lora(self) -> list[LoRALinear]:
-        return [module for module in self.gpt.modules() if isinstance(module, LoRALinear)]
+        return list(lora_by_path(self.gpt).values())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OmniGPT:
+        """A cast (`omni.bfloat16()`) is of what is frozen: what trains moves with it, but keeps its dtype, fp32."""
+        masters = [*self.projector.parameters(), *self.prepender.side_rows.values()]
+        return super()._apply(keeping_dtype(fn, masters), recurse)  # LoRALinear does so for its own
 
     def trained(self) -> dict[str, Tensor]:
         """Every tensor of the adapter by its name in the file."""
         found: dict[str, Tensor] = {f"projector.{name}": p for name, p in self.projector.named_parameters()}
         found |= {f"side_rows.{name}": p for name, p in self.prepender.side_rows.items()}
-        for name, module in unwrap(self.gpt).named_modules():
-            if isinstance(module, LoRALinear):
-                path = plain_name(name)
-                found |= {f"lora.{path}.lora_a": module.lora_a, f"lora.{path}.lora_b": module.lora_b}
+        for path, layer in lora_by_path(self.gpt).items():
+            found |= {f"lora.{path}.lora_a": layer.lora_a, f"lora.{path}.lora_b": layer.lora_b}
         if isinstance(self.encoder, nn.Module) and not list(self.encoder.parameters()):
             found |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}  # fitted statistics
         return found
@@ -211,10 +232,10 @@ class OmniGPT(nn.Module):
         per_second = self.encoder.frame_rate / stack
         clip, window, limit = round(30 * per_second), short_window(self.gpt), anatomy.position_limit
         encoder = parameters_of(self.encoder)
-        lora = self.lora()
+        lora, host = self.lora(), type(unwrap(self.gpt)).__name__.removeprefix("FSDP")  # fully_shard renames the class
         trains = sum(group_size(group) for group in self.trainable_parameters())
         lines = [
-            f"GPT        {type(unwrap(self.gpt)).__name__}: {parameters_of(self.gpt) - lora_size(lora):,} parameters, frozen",
+            f"GPT        {host}: {parameters_of(self.gpt) - lora_size(lora):,} parameters, frozen",
             f"encoder    {type(self.encoder).__name__}: {encoder:,} parameters, frozen",
             f"projector  {self.encoder.d_model} × {stack} → {anatomy.n_embd}: {parameters_of(self.projector):,} parameters",
             f"LoRA       {f'rank {lora[0].rank} on {len(lora)} layers: {lora_size(lora):,} parameters' if lora else 'none'}",
@@ -230,11 +251,15 @@ class OmniGPT(nn.Module):
     # ---- one file -------------------------------------------------------------------------------------------------------
 
     def description(self) -> dict[str, Any]:
-        """All that `load_adapter` needs to build this again, and to refuse another GPT or encoder."""
-        lora = {plain_name(name): m for name, m in unwrap(self.gpt).named_modules() if isinstance(m, LoRALinear)}
+        """All that `load_adapter` needs to build this again, and to refuse another GPT or encoder.
+
+        The digest of the GPT's weights is computed once and kept while they stay as they are. On a sharded GPT it is the
+        digest from before, or, where there is none, all ranks have to call this together.
+        """
+        lora = lora_by_path(self.gpt)
         settings = lora_settings(list(lora.values()), "OmniGPT") | {"paths": list(lora)} if lora else None
         return {
-            "host": describe_host(self.prepender),
+            "host": describe_host(self.prepender, self.host_digest),
             "encoder": describe_encoder(self.encoder),
             "projector": {name: getattr(self.projector, name) for name in ("in_dim", "out_dim", "hidden_dim", "stack")},
             "value_embeds": self.prepender.value_embeds, "insert_at": self.prepender.insert_at,
@@ -243,8 +268,14 @@ class OmniGPT(nn.Module):
         }
 
     def save_adapter(self, path: str | os.PathLike[str]) -> None:
-        """Everything trained, in one safetensors file that replaces `path` whole or not at all (docs/adapter_format.md)."""
-        save_adapter(path, {name: tensor.detach() for name, tensor in self.trained().items()}, self.description())
+        """Everything trained, in one safetensors file that replaces `path` whole or not at all (docs/adapter_format.md).
+
+        In a process group all ranks call this: sharded tensors are gathered, the first rank writes, and the others return
+        when the file is there. What goes wrong on the first is raised on all.
+        """
+        tensors = {name: whole(tensor) for name, tensor in self.trained().items()}
+        description = self.description()
+        on_first_rank(lambda: save_adapter(path, tensors, description))
 
     @classmethod
     def load_adapter(cls, path: str | os.PathLike[str], gpt: nn.Module, *, encoder: AudioEncoder | None = None,
@@ -252,7 +283,7 @@ class OmniGPT(nn.Module):
         """The OmniGPT that `save_adapter` wrote, around `gpt`; `encoder` defaults to the one the file names.
 
         All or nothing. Refuses (BadInput) a broken file, and a GPT or encoder of other sizes or, unless `any_weights`,
-        of other weights than the adapter was trained with; both sides are named.
+        of other weights than the adapter was trained with; both sides are named. Shard or wrap the OmniGPT afterwards.
         """
         where = f"OmniGPT.load_adapter({os.fspath(path)})"
         tensors, saved = load_adapter(path)
@@ -265,10 +296,11 @@ class OmniGPT(nn.Module):
                    value_embeds=saved["value_embeds"], insert_at=saved["insert_at"])
         try:
             omni.projector.to(omni.prepender.device())
-            here = {"host": describe_host(omni.prepender), "encoder": describe_encoder(encoder)}
+            here = {"host": describe_host(omni.prepender, omni.host_digest), "encoder": describe_encoder(encoder)}
             theirs = {name: dict(saved[name]) for name in here}
             for side in (*here.values(), *theirs.values()):
                 side.pop("source", None)  # the same weights may come from another place
+                side.pop("dtype", None)   # the digest knows it
                 if any_weights:
                     side.pop("sha256", None)
             check_same(where, theirs, here)
@@ -288,6 +320,34 @@ class OmniGPT(nn.Module):
             raise
         return omni
 
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | bool | None = None,
+                    message: str = "Upload adapter", revision: str | None = None, card: Mapping[str, Any] | None = None) -> str:
+        """The adapter file and a page about it, to `owner/name` on the Hugging Face Hub in one commit. Returns its URL.
+
+        Arguments as in `hub.publish`; `card` says what only you know, as in `hub.model_card`. In a process group all ranks
+        call this, the first uploads, and the others return "". Raises BadInput, UploadFailed (an OSError).
+        """
+        tensors, description = {name: whole(tensor) for name, tensor in self.trained().items()}, self.description()
+        page = model_card(repo_id, description, {name: tensor.shape for name, tensor in tensors.items()}, card, revision=revision)
+        url = [""]
+
+        def upload() -> None:
+            url[0] = publish(repo_id, lambda path: save_adapter(path, tensors, description), page, private=private, token=token,
+                             message=message, revision=revision)
+
+        on_first_rank(upload)
+        return url[0]
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], gpt: nn.Module, *, encoder: AudioEncoder | None = None,
+                        revision: str | None = None, token: str | bool | None = None, any_weights: bool = False) -> OmniGPT:
+        """The OmniGPT that `push_to_hub` uploaded, or that lies in a folder as adapter.safetensors, around `gpt`.
+
+        source, revision, token: as in `hub.fetch_adapter`. The rest, and what is refused: as in `load_adapter`.
+        """
+        path = fetch_adapter(source, revision=revision, token=token)
+        return cls.load_adapter(path, gpt, encoder=encoder, any_weights=any_weights)
+
 
 def check_widths(encoder: AudioEncoder, projector: Projector, n_embd: int) -> None:
     if not isinstance(encoder, AudioEncoder):
@@ -303,36 +363,85 @@ def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
     if saved["type"] not in ENCODERS:
         raise BadInput(where, f"an adapter trained with {saved['type']}", f"one of {', '.join(ENCODERS)}",
                        "pass the encoder itself: load_adapter(path, gpt, encoder=…)")
-    return ENCODERS[saved["type"]](saved["source"])
+    name = saved.get("dtype", "float32")
+    if name not in DTYPES:
+        raise BadInput(where, f"an encoder in {name!r:.40}", f"one in {', '.join(DTYPES)}", "pass the encoder itself")
+    return ENCODERS[saved["type"]](saved["source"], DTYPES[name])
 
 
-def describe_host(prepender: SoftTokenPrepender) -> dict[str, Any]:
+def describe_host(prepender: SoftTokenPrepender, sha256: Digest) -> dict[str, Any]:
     """Sizes of the GPT and a digest of the weights it came with, LoRA left out."""
     anatomy = prepender.anatomy
-    state = {plain_name(name): t for name, t in unwrap(prepender.gpt).state_dict().items()
+    state = {plain_name(name): t for name, t in unwrap(prepender.gpt).state_dict(keep_vars=True).items()
              if not name.endswith((".lora_a", ".lora_b"))}
     return {"n_embd": anatomy.n_embd, "vocab_size": anatomy.vocab_size, "num_embeddings": anatomy.num_embeddings,
-            "sha256": digest(state)}
+            "sha256": sha256.of(state)}
 
 
 def describe_encoder(encoder: AudioEncoder) -> dict[str, Any]:
-    """What it is, where it came from, and a digest of its weights; None where it has none."""
-    frozen = isinstance(encoder, nn.Module) and bool(list(encoder.parameters()))
-    weights = encoder.state_dict() if isinstance(encoder, nn.Module) and frozen else {}
+    """What it is, where it came from, and a digest of its weights, None where it has none; `dtype` where that is not
+    float32."""
+    parameters = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
+    weights = encoder.state_dict() if isinstance(encoder, nn.Module) and parameters else {}
     source = getattr(encoder, "source", None)
-    return {"type": type(encoder).__name__, "source": None if source is None else str(source), "d_model": encoder.d_model,
-            "frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate,
-            "sha256": digest(weights) if weights else None}
+    described = {"type": type(encoder).__name__, "source": None if source is None else str(source),
+                 "d_model": encoder.d_model, "frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate,
+                 "sha256": digest(weights) if weights else None}
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
+    return described if dtypes <= {"float32"} else described | {"dtype": ", ".join(sorted(dtypes))}
+
+
+class Digest:
+    """The `digest` of tensors that hardly ever change, computed again only when one of them may have."""
+
+    def __init__(self) -> None:
+        self.sha256 = ""
+        self.seen: dict[str, tuple[Any, ...]] | None = None
+
+    def of(self, tensors: Mapping[str, Tensor]) -> str:
+        """Sharded tensors are taken for those that were digested before they were sharded, unless one of them trains."""
+        trains = any(tensor.requires_grad for tensor in tensors.values())
+        sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+        seen = None if sharded else {name: state_of(tensor) for name, tensor in tensors.items()}
+        if trains or not self.sha256 or (not sharded and seen != self.seen):
+            self.sha256, self.seen = digest(tensors), seen
+        return self.sha256
+
+
+def state_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Changes when the tensor is replaced, cast, moved, or written to in place."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, -1 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes."""
+    """sha256 over names, dtypes, shapes and bytes; of sharded tensors all ranks together."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The values, without their graph; a sharded tensor is gathered, which all ranks have to do together."""
+    gather = getattr(tensor.detach(), "full_tensor", tensor.detach)  # a DTensor's; to import that class takes a second
+    return gather()
+
+
+def on_first_rank(write: Callable[[], None]) -> None:
+    """Call `write` on rank 0 while the others wait; its exception is raised on all, so that none waits for ever."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return write()
+    outcome: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except Exception as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def short_window(gpt: nn.Module) -> int | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.data.manifest import write_whole
-from omni_adapters.lora import LoRALinear, inject_at, lora_layers, lora_settings, remove_lora
+from omni_adapters.lora import LoRALinear, inject_at, lora_by_path, lora_layers, lora_settings, remove_lora
 from omni_adapters.shapes import BadInput, listing, shape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,8 +39,8 @@ def export_peft(gpt: nn.Module, folder: str | os.PathLike[str]) -> None:
     Merged or not, lora_a and lora_b are written as they are. Raises BadInput where there is no LoRA or layers differ in
     rank, alpha, dropout or rslora; nothing is written then.
     """
-    layers = {plain_name(name): m for name, m in unwrap(gpt).named_modules() if isinstance(m, LoRALinear)}
     shared = lora_settings(lora_layers(gpt, "export_peft"), "export_peft")
+    layers = lora_by_path(gpt)
     config = PLAIN | {"r": shared["rank"], "lora_alpha": shared["alpha"], "lora_dropout": shared["dropout"],
                       "use_rslora": shared["rslora"], "inference_mode": True, "target_modules": list(layers),
                       "base_model_name_or_path": None, "task_type": None}

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omni_adapters import __version__
-from omni_adapters.checkpoint import CHUNK, DTYPES, FORMAT, MAX_DEPTH, check_same, load_adapter, save_adapter
+from omni_adapters.checkpoint import CHUNK, DTYPES, FORMAT, MAX_DEPTH, load_adapter, save_adapter
 from omni_adapters.shapes import BadInput
 
 DIGEST = slice(35, 99)  # as docs/adapter_format.md has it; not taken from the code
@@ -592,35 +592,3 @@ def test_pickles_are_refused_unopened(path):
     torch.save({"w": torch.ones(3)}, path)
     with pytest.raises(BadInput, match="header length"):
         load_adapter(path)
-
-
-# Comparing descriptions
-
-def test_equal_descriptions_pass():
-    check_same("Test", {}, {})
-    check_same("Test", DESCRIPTION, dict(reversed(DESCRIPTION.items())))
-    check_same("Test", {"a": 32.0, "b": [1, [2]], "c": [{"d": 1}]}, {"a": 32, "b": (1, (2,)), "c": ({"d": 1},)})
-
-
-def test_every_difference_is_named_with_both_sides():
-    saved = {"encoder": {"id": "a", "d_model": 384}, "flag": True, "gone": {"x": 1}, "layers": [1, 2], "name": None, "same": 1}
-    here = {"encoder": {"id": "b", "d_model": 384}, "flag": 1, "layers": [1, 3], "name": {"x": 1}, "new": 0, "same": 1}
-    with pytest.raises(BadInput) as caught:
-        check_same("OmniGPT.load_adapter", saved, here)
-    assert caught.value.came == (
-        "an adapter made for something else (encoder.id: saved 'a', here 'b', flag: saved True, here 1, "
-        "gone: saved {'x': 1}, here nothing, layers: saved [1, 2], here [1, 3], name: saved None, here {'x': 1}, "
-        "new: saved nothing, here 0)")
-    assert str(caught.value).startswith("OmniGPT.load_adapter: got an adapter made for something else (encoder.id")
-
-
-def test_keys_that_would_break_a_line_are_quoted():
-    with pytest.raises(BadInput, match=r"'a\\n\\x1b'\.b: saved 1, here nothing") as caught:
-        check_same("Test", {"a\n\x1b": {"b": 1}}, {"a\n\x1b": {}})
-    assert "\n" not in str(caught.value)
-
-
-def test_no_difference_is_left_out():
-    with pytest.raises(BadInput) as caught:
-        check_same("Test", {f"k{number}": 1 for number in range(20)}, {})
-    assert all(f"k{number}: saved 1, here nothing" in str(caught.value) for number in range(20))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from omni_adapters.lora import (
     LoRALinear,
     inject_lora,
+    lora_by_path,
     lora_disabled,
     lora_layers,
     lora_parameters,
@@ -98,6 +99,24 @@ def test_masters_stay_fp32_under_a_bf16_host_and_tiny_updates_survive_in_them() 
     before = layer.lora_a.detach().clone()
     layer.lora_a.data += 1e-6
     assert bool((layer.lora_a != before).all())
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.to("cpu", torch.bfloat16)])
+def test_masters_stay_fp32_when_the_host_is_cast_later(cast: Callable[[nn.Module], nn.Module]) -> None:
+    gpt = tuned(reference())
+    gpt(IDX).sum().backward()
+    before = {id(p): (bits(p), bits(p.grad)) for p in lora_parameters(gpt)}
+    cast(gpt)
+    assert {id(p): (bits(p), bits(p.grad)) for p in lora_parameters(gpt)} == before
+    layers = lora_layers(gpt, "")
+    assert all(layer.weight.dtype != torch.float32 for layer in layers)
+    x = torch.randn(3, layers[0].in_features, dtype=layers[0].weight.dtype)
+    assert layers[0](x).dtype == x.dtype
+
+
+def test_masters_move_with_the_host() -> None:
+    gpt = tuned(reference()).to("meta", torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in lora_parameters(gpt)} == {("meta", torch.float32)}
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -182,6 +201,15 @@ def test_copies_are_whole_and_independent(again: Callable[[nn.Module], nn.Module
     assert not torch.equal(logits(other), logits(gpt))
     first = lora_layers(other, "")[0]
     assert first.base.weight is first.weight and isinstance(first, Linear)
+
+
+def test_layers_by_path_whatever_is_compiled() -> None:
+    gpt = reference()
+    assert lora_by_path(gpt) == {}
+    paths = inject_lora(gpt, rank=4)
+    gpt.transformer["h"][0].mlp = torch.compile(gpt.transformer["h"][0].mlp, backend="eager")
+    found = lora_by_path(torch.compile(gpt, backend="eager"))
+    assert list(found) == paths and all(isinstance(layer, LoRALinear) for layer in found.values())
 
 
 # ---- a host ----------------------------------------------------------------------------------------------------------

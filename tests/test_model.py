@@ -12,7 +12,8 @@ from hosts import fingerprint, nano_gpt, reference, tiny_hf
 from tiny_whisper import make_tiny_whisper
 from torch import Tensor, nn
 
-from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender
+from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender, model
+from omni_adapters.checkpoint import load_adapter, save_adapter
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.lora import inject_lora, lora_parameters
@@ -210,6 +211,61 @@ def test_whisper_is_named_not_stored(tmp_path: Path) -> None:
         OmniGPT.load_adapter(tmp_path / "a", reference(), encoder=encoder)
 
 
+def test_whisper_in_another_dtype_comes_back_in_it(tmp_path: Path) -> None:
+    encoder = WhisperEncoder(make_tiny_whisper(tmp_path / "whisper"), dtype=torch.bfloat16)
+    omni = OmniGPT(reference(), (encoder, Projector(encoder.d_model, 32, 16, stack=100, zero_init=False)))
+    omni.save_adapter(tmp_path / "a")
+    again = OmniGPT.load_adapter(tmp_path / "a", reference())
+    assert {p.dtype for p in again.encoder.parameters()} == {torch.bfloat16} and torch.equal(logits(again), logits(omni))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_does_not_say_the_encoders_dtype_still_loads(tmp_path: Path, dtype: torch.dtype) -> None:
+    encoder = WhisperEncoder(make_tiny_whisper(tmp_path / "whisper"), dtype=dtype)
+    omni = OmniGPT(reference(), (encoder, Projector(encoder.d_model, 32, 16, stack=100, zero_init=False)))
+    omni.save_adapter(tmp_path / "a")
+    tensors, description = load_adapter(tmp_path / "a")
+    assert description["encoder"].pop("dtype", "float32") == str(dtype).removeprefix("torch.")
+    save_adapter(tmp_path / "old", tensors, description)
+    assert torch.equal(logits(OmniGPT.load_adapter(tmp_path / "old", reference(), encoder=encoder)), logits(omni))
+    if dtype == torch.float32:
+        assert torch.equal(logits(OmniGPT.load_adapter(tmp_path / "old", reference())), logits(omni))
+    description["encoder"]["dtype"] = "int8"
+    save_adapter(tmp_path / "odd", tensors, description)
+    with pytest.raises(BadInput, match="an encoder in 'int8'; expected one in float32, bfloat16"):
+        OmniGPT.load_adapter(tmp_path / "odd", reference())
+
+
+def test_the_gpts_digest_is_computed_once_and_again_when_a_weight_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    omni, hashed, real = ears(reference()), [], model.digest
+    monkeypatch.setattr(model, "digest", lambda tensors: hashed.append(1) or real(tensors))
+
+    def now() -> str:
+        hashed.clear()
+        return omni.description()["host"]["sha256"]
+
+    def fresh() -> str:
+        return model.describe_host(omni.prepender, model.Digest())["sha256"]
+
+    first, weight = now(), omni.gpt.transformer["h"][0].mlp.c_fc.weight
+    assert hashed and now() == first and not hashed
+    omni.add_lora(4)
+    omni(IDX, TARGETS, waves(0.4, 0.25)).backward()
+    torch.optim.AdamW(omni.trainable_parameters()).step()
+    assert now() == first and not hashed
+    with torch.no_grad():
+        weight.add_(1)
+    assert now() == fresh() != first
+    with torch.no_grad():
+        weight.sub_(1)
+    weight.requires_grad_(True)
+    weight.data.add_(1)  # unseen by autograd: only that it trains says that it may have changed
+    assert now() == fresh() != first
+    weight.requires_grad_(False)
+    omni.bfloat16()
+    assert now() == fresh() and hashed and now() and not hashed
+
+
 def nudged() -> GPT:
     gpt = reference()
     with torch.no_grad():
@@ -335,6 +391,84 @@ def test_a_batch_without_sound_has_a_gradient_for_all_that_trains(build: Callabl
     loss.backward()
     for group in omni.trainable_parameters():
         assert all(p.grad is not None and not p.grad.any() for p in group["params"])
+
+
+def logits_of(result: Any) -> Tensor:
+    return result[0] if type(result) is tuple else getattr(result, "logits", result)
+
+
+@pytest.mark.parametrize("build", [reference, nano_gpt, tiny_hf])
+@pytest.mark.parametrize("placeholders", [None, {"audio": P}])
+def test_logits_of_a_batch_without_sound_have_a_gradient_too(build: Callable[[], nn.Module], placeholders: Any) -> None:
+    """A distillation loss is made of them."""
+    omni = ears(build().train(), placeholders=placeholders, value_embeds="learned").train()
+    result = logits_of(omni(IDX))
+    expected = logits_of(SoftTokenPrepender(build().train().requires_grad_(False))(IDX))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    result.square().mean().backward()
+    for group in omni.trainable_parameters():
+        assert all(p.grad is not None and not p.grad.any() for p in group["params"])
+    assert torch.equal(logits_of(omni.eval()(IDX)), expected) and not logits_of(omni(IDX)).requires_grad
+    omni.train()
+    with torch.no_grad():
+        assert torch.equal(logits_of(omni(IDX)), expected)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("audio", [None, [None, None], "sound"])
+def test_every_forward_runs_the_projector_once_and_then_the_gpt(mode: str, audio: Any) -> None:
+    """Ranks that share sharded weights meet in the same order, whatever each of them hears."""
+    omni, order = ears(reference()), []
+    getattr(omni, mode)()
+    omni.projector.register_forward_hook(lambda *_: order.append("projector"))
+    omni.gpt.register_forward_hook(lambda *_: order.append("gpt"))
+    omni(IDX, TARGETS, waves(0.4, 0.25) if audio == "sound" else audio)
+    assert order == ["projector", "gpt"]
+
+
+def test_a_placeholder_among_the_targets_of_a_batch_without_sound_is_not_graded() -> None:
+    """The text was cut right before its clip."""
+    omni = ears(reference(), placeholders={"audio": P}).train()
+    targets = TARGETS.clone()
+    targets[0, -1] = P
+    graded = omni(IDX, targets, loss_reduction="none").view(2, 4)
+    expected = omni(IDX, TARGETS, loss_reduction="none").view(2, 4)
+    assert graded[0, -1] == 0 and expected[0, -1] != 0
+    assert torch.equal(graded.flatten()[torch.arange(8) != 3], expected.flatten()[torch.arange(8) != 3])
+    with pytest.raises(BadInput, match="0 clips for 1 placeholders"):
+        omni(torch.tensor([[1, P, 2]]), torch.tensor([[1, 2, 3]]))
+
+
+def test_features_without_a_frame_are_silence() -> None:
+    omni = ears(reference()).train()
+    nothing = Features(torch.zeros(2, 0, 80), torch.tensor([0, 0]))
+    assert torch.equal(omni(IDX, TARGETS, audio_features=nothing), omni(IDX, TARGETS))
+    omni(IDX, TARGETS, audio_features=nothing).backward()
+    assert omni.projector.fc1.weight.grad is not None
+
+
+# ---- casts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cast", [lambda omni: omni.to(torch.bfloat16), lambda omni: omni.half().bfloat16()])
+def test_a_cast_leaves_what_trains_in_fp32(cast: Callable[[OmniGPT], OmniGPT]) -> None:
+    """nanochat's linear layers cast their weights to the activation's dtype, so a GPT in bf16 runs beside fp32 masters."""
+    omni = ears(reference(), value_embeds="learned")
+    omni.add_lora(4)
+    trained(omni)
+    omni(IDX, TARGETS, waves(0.4, 0.25)).backward()
+    parameters = [p for group in omni.trainable_parameters() for p in group["params"]]
+    before = [(p, p.detach().clone(), p.grad.clone()) for p in parameters]
+    expected = logits(omni)
+    assert cast(omni) is omni
+    assert {p.dtype for p in omni.gpt.parameters() if not p.requires_grad} == {torch.bfloat16}
+    for now, (then, value, gradient) in zip([p for g in omni.trainable_parameters() for p in g["params"]], before):
+        assert now is then and torch.equal(now, value) and now.dtype == torch.float32 and torch.equal(now.grad, gradient)
+    # bf16 rounds to 2⁻⁸ at some ten places between here and logits of order 1: within 0.1 of their size
+    assert (logits(omni) - expected).norm() < 0.1 * expected.norm()
+    omni(IDX, TARGETS, waves(0.4, 0.25)).backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in parameters)
+    assert omni.to("cpu", torch.float64).projector.fc1.weight.dtype == torch.float32
 
 
 class Foreign(LogMelEncoder):
