@@ -58,8 +58,10 @@ def test_imports_never_rise(path):
     level = table[name_of(path)]
     for name in imports_of(path):
         assert level is not None, "the island imports nothing of the package"
-        assert table[name] is not None, f"{name} is an island: nothing imports it"
-        assert table[name] <= level, f"{name_of(path)} (layer {level}) imports {name} (layer {table[name]})"
+        if table[name] is None:
+            assert name_of(path) == "training/hosts", f"{name} is an island: it is opened as other hosts are, by training/hosts"
+        else:
+            assert table[name] <= level, f"{name_of(path)} (layer {level}) imports {name} (layer {table[name]})"
 
 
 def test_level_imports_have_no_cycles():

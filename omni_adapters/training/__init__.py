@@ -1,0 +1,1 @@
+"""Parts that a training loop is made of."""

@@ -1,0 +1,82 @@
+"""Command-line options that every training recipe shares: which GPT, which sound, how the run goes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from omni_adapters.shapes import BadInput
+from omni_adapters.training.trackers import OPENERS
+
+# Options that may change when a run is resumed: they decide where and how fast it goes, not what comes out.
+FREE = {"out", "device", "engine", "workers", "track", "save_every", "keep", "push", "kind", "checkpoint", "adapter"}
+
+
+def add_host_options(parser: argparse.ArgumentParser) -> None:
+    host = parser.add_argument_group("the GPT").add_mutually_exclusive_group(required=True)
+    host.add_argument("--reference", metavar="DIR", help="a folder that save_reference wrote (examples/synthetic.py does)")
+    host.add_argument("--nanochat", metavar="DIR", help="a nanochat checkpoint folder, with nanochat importable")
+    host.add_argument("--transformers", metavar="DIR", help="a folder or Hub id of a causal LM, such as a NanoChatForCausalLM")
+    host.add_argument("--loader", metavar="MODULE:FUNCTION[=CHECKPOINT]",
+                      help="your own function(checkpoint, device) -> (gpt, tokenizer)")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("sound")
+    data.add_argument("--train", type=Path, required=True, help="feature shards (a folder) or a manifest (JSON Lines)")
+    data.add_argument("--valid", type=Path, required=True, help="the same, of clips never trained on")
+    data.add_argument("--encoder", default="log_mel", help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id")
+    data.add_argument("--form", choices=("chat", "plain"), default="chat", help="how a row is written (training/turns.py)")
+    data.add_argument("--question", default="", help="asked after the sound where a row has no question of its own")
+    data.add_argument("--max-tokens", type=int, default=12_000, help="feature frames in a micro-batch, padding included")
+    data.add_argument("--micro-batches", type=int, default=1, help="micro-batches in a step, over all ranks together")
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, required=True, help="its folder; run again with the same options, it goes on")
+    run.add_argument("--steps", type=int, default=steps, help="optimizer steps (default %(default)s)")
+    run.add_argument("--warmup", type=float, default=0.03, help="share of the steps in which rates rise from zero")
+    run.add_argument("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
+    run.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
+    run.add_argument("--seed", type=int, default=0, help="of initial weights, order and dropout")
+    run.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    run.add_argument("--validate-every", type=int, default=200, help="steps between validations")
+    run.add_argument("--validate-rows", type=int, default=256, help="clips in a validation")
+    run.add_argument("--max-answer", type=int, default=64, help="tokens of a generated answer")
+    run.add_argument("--save-every", type=int, default=100, help="steps between checkpoints: what kill -9 can cost")
+    run.add_argument("--keep", type=int, default=2, help="checkpoints kept")
+    run.add_argument("--engine", choices=("ddp", "fsdp2"), default="ddp", help="under torchrun: replicate or shard the GPT")
+    run.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    run.add_argument("--workers", type=int, default=0, help="processes that read data ahead, per rank")
+    run.add_argument("--track", nargs="*", default=[], choices=list(OPENERS), help="trackers beside log.jsonl")
+    run.add_argument("--push", metavar="REPO_ID", help="publish the adapter on the Hub when the run is done")
+
+
+def host_of(args: argparse.Namespace) -> tuple[str, str]:
+    """(kind, checkpoint) as `open_host` takes them."""
+    for kind in ("reference", "nanochat", "transformers"):
+        if getattr(args, kind):
+            return kind, getattr(args, kind)
+    kind, _, checkpoint = args.loader.partition("=")
+    return kind, checkpoint
+
+
+def deciding(args: argparse.Namespace, **identities: Any) -> dict[str, Any]:
+    """What a run's result follows from, as JSON values: the options that decide, and `identities` of GPT, encoder and data.
+
+    Paths are left out, since the same data may lie elsewhere tomorrow; the identities stand for them.
+    """
+    paths = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder"}
+    options = {name: value for name, value in vars(args).items() if name not in FREE | paths}
+    check_positive(args)
+    return {"options": options, **identities}
+
+
+def check_positive(args: argparse.Namespace) -> None:
+    names = ("steps", "max_tokens", "micro_batches", "validate_every", "validate_rows", "save_every", "keep", "max_answer")
+    wrong = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names if getattr(args, name) < 1]
+    if wrong or not 0 <= args.warmup < 1 or not args.clip > 0:
+        raise BadInput("options", ", ".join(wrong) or f"--warmup {args.warmup}, --clip {args.clip}",
+                       "numbers ≥ 1, a warm-up in [0, 1), a clip > 0")
