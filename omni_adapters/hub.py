@@ -408,12 +408,13 @@ def _front_matter(given: Mapping[str, Any], lora: bool) -> str:
 
 
 def _loading(repo_id: str, description: Mapping[str, Any], revision: str | None) -> str:
-    """A block that runs where `gpt` is the host, and `encoder` the encoder where its name does not say where to get it."""
+    """A block that runs where `gpt` is the host, and `encoder` the encoder where nobody else could make it."""
     encoder, placeholders = description["encoder"], description.get("placeholders")
-    imports, builds = _building(encoder)
+    makes_itself = encoder["type"] == "LogMelEncoder" or (
+        encoder["type"] == "WhisperEncoder" and _public_name(encoder.get("source")) is not None)
     options = "" if revision in (None, "main") else f', revision="{revision}"'
-    options += "" if encoder["type"] == "LogMelEncoder" else ", encoder=encoder"
-    theirs = ", and `encoder` the encoder" if "encoder=" in options and not builds else ""
+    options += "" if makes_itself else ", encoder=encoder"
+    theirs = "" if makes_itself else ", and `encoder` the encoder"
     before = max(1, description.get("insert_at", 0))  # sound needs that many tokens before it
     prompt = f"[{placeholders['audio']}]" if placeholders else "[0]" if before == 1 else f"[0] * {before}"
     stands = f"; {placeholders['audio']} stands for a clip" if placeholders else ""
@@ -422,29 +423,17 @@ def _loading(repo_id: str, description: Mapping[str, Any], revision: str | None)
 ```python
 import torch
 from omni_adapters import OmniGPT
-{imports}
-{builds}omni = OmniGPT.from_pretrained("{repo_id}", gpt{options}).eval()
+
+omni = OmniGPT.from_pretrained("{repo_id}", gpt{options}).eval()
 prompt = {prompt}  # ids from the GPT's tokenizer{stands}
 clip = torch.zeros(omni.encoder.sampling_rate)  # one second of silence; a recording is a 1-D float tensor at this rate
 print(list(omni.generate(prompt, [clip], max_tokens=8)))
 ```"""
 
 
-def _building(encoder: Mapping[str, Any]) -> tuple[str, str]:
-    """Lines that import and make an encoder; empty where it needs none, or nobody else could."""
-    name = _public_name(encoder.get("source"))
-    if encoder["type"] != "WhisperEncoder" or name is None or not str(encoder.get("dtype", "float32")).isalnum():
-        return "", ""
-    options = f", dtype=torch.{encoder['dtype']}" if encoder.get("dtype") else ""
-    return "from omni_adapters.encoders.whisper import WhisperEncoder\n", f'encoder = WhisperEncoder("{name}"{options})\n'
-
-
 def _public_name(source: object) -> str | None:
     """`hf:owner/name` or `ms:owner/name`, where an encoder came from there. The path of a folder is nobody's business."""
-    for label, hub in (("hf:", "hf"), ("Hugging Face ", "hf"), ("ms:", "ms"), ("ModelScope ", "ms")):
-        if found := re.match(rf"{label}(\w[\w.-]*/\w[\w.-]*)(?= |$)", str(source)):
-            return f"{hub}:{found[1]}"
-    return None
+    return str(source) if re.fullmatch(r"(hf|ms):\w[\w.-]*/\w[\w.-]*", str(source)) else None
 
 
 def _facts(description: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str]]:

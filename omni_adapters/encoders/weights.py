@@ -28,7 +28,8 @@ PREFLIGHT_TIMEOUT = 5.0  # seconds for connecting, and again for the first byte
 
 
 class Weights(NamedTuple):
-    """directory holds the files; source says in words which candidate it was."""
+    """directory holds the files; source is the candidate they came from, in the form that finds it again elsewhere:
+    `hf:owner/name`, `ms:owner/name`, or a directory."""
 
     directory: Path
     source: str
@@ -56,13 +57,13 @@ def fetch_weights(where: str, candidates: Iterable[str | Path], required: Iterab
     """
     failures = []
     for candidate in candidates:
-        label, load = _resolve(candidate)
+        label, source, load = _resolve(candidate)
         try:
             directory = load(required)
         except Exception as error:  # whatever a hub's client throws: the next candidate may do
             failures.append(f"{label}: {_reason(error)}")
         else:
-            return Weights(directory, f"{label} in {directory}" if label != str(directory) else label)
+            return Weights(directory, source)
     raise WeightsUnavailable(where, failures, todo)
 
 
@@ -81,18 +82,18 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(set(shards))]
 
 
-def _resolve(candidate: str | Path) -> tuple[str, Callable[[Iterable[str]], Path]]:
-    """What to call a candidate, and the function that brings its directory when given the required files."""
+def _resolve(candidate: str | Path) -> tuple[str, str, Callable[[Iterable[str]], Path]]:
+    """What to call a candidate, `Weights.source`, and the function that brings its directory given the required files."""
     text = str(candidate)
     directory = Path(text).expanduser()
     if text.startswith("ms:"):
-        return f"ModelScope {text[3:]}", lambda required: _from_hub(_modelscope, text[3:], required)
+        return f"ModelScope {text[3:]}", text, lambda required: _from_hub(_modelscope, text[3:], required)
     if text.startswith("hf:"):
-        return f"Hugging Face {text[3:]}", lambda required: _from_hub(_hugging_face, text[3:], required)
+        return f"Hugging Face {text[3:]}", text, lambda required: _from_hub(_hugging_face, text[3:], required)
     if isinstance(candidate, str) and not directory.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
         label = f"Hugging Face {text} (no such directory here)"
-        return label, lambda required: _from_hub(_hugging_face, text, required)
-    return str(directory), lambda required: _from_directory(directory, required)
+        return label, f"hf:{text}", lambda required: _from_hub(_hugging_face, text, required)
+    return str(directory), str(directory), lambda required: _from_directory(directory, required)
 
 
 def _from_directory(directory: Path, required: Iterable[str]) -> Path:
