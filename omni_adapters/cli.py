@@ -15,12 +15,9 @@ from pathlib import Path
 from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shard_format import DTYPES
-from omni_adapters.encoders.log_mel import LogMelEncoder
-from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.weights import WeightsUnavailable
-from omni_adapters.encoders.whisper import WhisperEncoder
-from omni_adapters.model import describe_encoder
 from omni_adapters.shapes import BadInput, MissingExtra
+from omni_adapters.training.sources import identity, open_encoder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the features (default %(default)s)")
     extract.add_argument("--batch-seconds", type=float, default=240.0, help="sound in an encoder batch (default %(default)s)")
     extract.add_argument("--max-seconds", type=float, default=600.0, help="longest clip to decode (default %(default)s)")
-    extract.add_argument("--device", default="cpu", help="where Whisper runs (default %(default)s)")
+    extract.add_argument("--device", default="cpu", help="where Whisper runs (default %(default)s); cuda is cuda:LOCAL_RANK")
     extract.set_defaults(run=run_extract)
     return top
 
@@ -54,10 +51,9 @@ def parser() -> argparse.ArgumentParser:
 def run_extract(args: argparse.Namespace) -> None:
     rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = read_manifest(args.manifest)
-    encoder: AudioEncoder = LogMelEncoder() if args.encoder == "log_mel" else WhisperEncoder(args.encoder, device=args.device)
-    description = describe_encoder(encoder)
-    description.pop("source")  # the same weights may come from another place
-    out = write_shards(rows, encoder, args.out, description=description, samples_per_shard=args.samples_per_shard,
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    encoder = open_encoder(args.encoder, device)
+    out = write_shards(rows, encoder, args.out, description=identity(encoder), samples_per_shard=args.samples_per_shard,
                        dtype=DTYPES[args.dtype], batch_seconds=args.batch_seconds, max_seconds=args.max_seconds,
                        rank=rank, num_ranks=num_ranks)
     if rank == 0:
