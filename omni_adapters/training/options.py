@@ -13,6 +13,13 @@ from omni_adapters.training.trackers import OPENERS
 FREE = {"out", "device", "engine", "workers", "track", "save_every", "keep", "push", "kind", "checkpoint", "adapter"}
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+
+
 def add_host_options(parser: argparse.ArgumentParser) -> None:
     host = parser.add_argument_group("the GPT").add_mutually_exclusive_group(required=True)
     host.add_argument("--reference", metavar="DIR", help="a folder that save_reference wrote (examples/synthetic.py does)")
@@ -36,12 +43,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--out", type=Path, required=True, help="its folder; run again with the same options, it goes on")
-    run.add_argument("--steps", type=int, default=steps, help="optimizer steps (default %(default)s)")
+    run.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     run.add_argument("--warmup", type=float, default=0.03, help="share of the steps in which rates rise from zero")
     run.add_argument("--clip", type=float, default=1.0, help="largest norm of the whole gradient")
     run.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
     run.add_argument("--seed", type=int, default=0, help="of initial weights, order and dropout")
-    run.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; not for nanochat, which casts by itself")
     run.add_argument("--validate-every", type=int, default=200, help="steps between validations")
     run.add_argument("--validate-rows", type=int, default=256, help="clips in a validation")
     run.add_argument("--max-answer", type=int, default=64, help="tokens of a generated answer")
@@ -70,13 +77,16 @@ def deciding(args: argparse.Namespace, **identities: Any) -> dict[str, Any]:
     """
     paths = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder"}
     options = {name: value for name, value in vars(args).items() if name not in FREE | paths}
-    check_positive(args)
+    check_ranges(args)
     return {"options": options, **identities}
 
 
-def check_positive(args: argparse.Namespace) -> None:
-    names = ("steps", "max_tokens", "micro_batches", "validate_every", "validate_rows", "save_every", "keep", "max_answer")
-    wrong = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names if getattr(args, name) < 1]
-    if wrong or not 0 <= args.warmup < 1 or not args.clip > 0:
-        raise BadInput("options", ", ".join(wrong) or f"--warmup {args.warmup}, --clip {args.clip}",
-                       "numbers ≥ 1, a warm-up in [0, 1), a clip > 0")
+def check_ranges(args: argparse.Namespace) -> None:
+    counts = ("steps", "max_tokens", "micro_batches", "validate_every", "validate_rows", "save_every", "keep", "max_answer")
+    fits = {**{name: getattr(args, name) >= 1 for name in counts}, "warmup": 0 <= args.warmup < 1, "clip": args.clip > 0,
+            "lr": args.lr > 0, "projector_lr": getattr(args, "projector_lr", 0) >= 0,
+            "distill": 0 <= getattr(args, "distill", 0) <= 1}
+    wrong = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name, fit in fits.items() if not fit]
+    if wrong:
+        raise BadInput("options", ", ".join(wrong), "counts ≥ 1, a warm-up in [0, 1), rates and a clip > 0 (a projector's rate "
+                       "≥ 0), a share of distillation in [0, 1]")

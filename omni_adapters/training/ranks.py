@@ -13,9 +13,12 @@ Notable:
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import secrets
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ from omni_adapters.shapes import BadInput, listing
 
 Engine = Literal["ddp", "fsdp2"]
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets
+POLL = 0.02  # seconds between two looks into the store
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -108,7 +112,32 @@ def begin(kind: str, rank: int, num_ranks: int, local_rank: int) -> None:
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if kind == "cuda" else None
-    dist.init_process_group(BACKENDS[kind], rank=rank, world_size=num_ranks, device_id=device)
+    store, _, _ = next(dist.rendezvous("env://", rank, num_ranks))
+    store = dist.PrefixStore(meet(store, rank, num_ranks), store)
+    dist.init_process_group(BACKENDS[kind], store=store, rank=rank, world_size=num_ranks, device_id=device)
+
+
+def meet(store: dist.Store, rank: int, num_ranks: int) -> str:
+    """A name that exactly the ranks alive now agree on.
+
+    torchrun's store outlives a restart (torch 2.13), and with it the addresses of the dead, which a rank that is early
+    would read. So rank 0 draws a name, the others answer to it with theirs, and only who is named in its reply goes on.
+    """
+    own = secrets.token_hex(8)
+    if rank == 0:
+        store.set("first", own)
+        while True:
+            answers = [store.get(f"answer/{other}").decode() for other in range(1, num_ranks)]
+            if all(answer.startswith(own) for answer in answers):
+                store.set(f"reply/{own}", " ".join(answers))
+                return own
+            time.sleep(POLL)
+    while True:
+        first = store.get("first").decode()
+        store.set(f"answer/{rank}", f"{first} {own}")
+        if store.check([f"reply/{first}"]) and own in store.get(f"reply/{first}").decode().split():
+            return first
+        time.sleep(POLL)
 
 
 def read_environment() -> tuple[int, int, int] | None:
@@ -162,8 +191,9 @@ def wrap(omni: OmniGPT, ranks: Ranks, engine: Engine) -> nn.Module:
     omni.to(ranks.device)
     if ranks.num_ranks == 1:
         return omni
-    return DistributedDataParallel(omni, device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                                   broadcast_buffers=False)
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13
+    still: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}  # buffers never change
+    return DistributedDataParallel(omni, device_ids=[ranks.device] if ranks.device.type == "cuda" else None, **still)
 
 
 @torch.no_grad()

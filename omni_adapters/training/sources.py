@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from omni_adapters.data.clips import ClipSource, ManifestClips
+from omni_adapters.data.clips import Batch, ClipSource, Kind, ManifestClips
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.descriptions import check_same
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.features import Features, features_to
 from omni_adapters.model import describe_encoder
 
 
@@ -33,7 +35,36 @@ def open_source(path: str | os.PathLike[str], encoder: AudioEncoder) -> ClipSour
     reader = ShardReader(path)
     check_same(f"open_source({os.fspath(path)})", {"encoder": reader.config["description"]},
                {"encoder": identity(encoder)})
-    return reader
+    return MelShards(reader) if isinstance(encoder, LogMelEncoder) else reader
+
+
+class MelShards:
+    """Shards of log-mel frames as `omni-adapters extract` writes them, handed out as a LogMelEncoder's inputs.
+
+    Its forward only normalises, by statistics of the data it is trained on: those belong to the adapter, not to the shards.
+    """
+
+    kind: Kind = "audio_inputs"
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader, self.lens, self.identity = reader, reader.lens, reader.identity
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load_batch(self, numbers: Sequence[int]) -> Batch:
+        """values (B, 80, T_mel) float32, lens, and B manifest rows."""
+        (values, lens), rows = self.reader.load_batch(numbers)
+        return Features(values.float().transpose(1, 2), lens), rows
+
+
+def fit_encoder(encoder: AudioEncoder, source: ClipSource, num_clips: int = 500) -> None:
+    """Set a LogMelEncoder's mean and std per band from up to `num_clips` clips, spread evenly over the source; encoders with
+    weights of their own stay as they are. The same clips give the same statistics on every rank and after a kill."""
+    if isinstance(encoder, LogMelEncoder):
+        count = min(num_clips, len(source))
+        sound, _ = source.load_batch([number * len(source) // count for number in range(count)])
+        encoder.fit_statistics(features_to(sound, encoder.mean.device))
 
 
 def identity(encoder: AudioEncoder) -> dict[str, Any]:

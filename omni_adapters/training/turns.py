@@ -58,9 +58,16 @@ class Turns:
 
     def batch(self, rows: Sequence[Row], *, read: bool = False) -> tuple[Tensor, Tensor]:
         """idx (B, T) and targets (B, T) int64, −1 where not graded; `read` for rows without sound, the transcript inside."""
-        prompts = [self.reading(row) if read else self.prompt(row) for row in rows]
-        tokens = [prompt + self.answer(row) for prompt, row in zip(prompts, rows)]
-        return collate(tokens, pad_id=self.before[0], num_prompt=[len(prompt) for prompt in prompts])
+        parts = [self.parts(row, read) for row in rows]
+        return collate([prompt + answer for prompt, answer in parts], pad_id=self.before[0],
+                       num_prompt=[len(prompt) for prompt, _ in parts])
+
+    def parts(self, row: Row, read: bool) -> tuple[list[int], list[int]]:
+        """Prompt and answer; what the tokenizer refuses is named by the row's audio."""
+        try:
+            return self.reading(row) if read else self.prompt(row), self.answer(row)
+        except BadInput as error:
+            raise BadInput(f"{error.where}, row of {row.get('audio')}", error.came, error.expected, error.todo) from error
 
 
 def answer_of(row: Row) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_adapters.data.clips import ClipSource
-from omni_adapters.data.epochs import Order, deal
+from omni_adapters.data.epochs import Order
 from omni_adapters.features import Features, features_to
 from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput
@@ -32,7 +32,10 @@ class MicroLoss(Protocol):
 def check_start(order: Order, sources: Sequence[ClipSource], turns: Turns, ranks: Ranks) -> None:
     """Refuse, before a run's folder is begun, what its first step would: a plan that the ranks cannot share, or sound,
     words, a question or a form that not even the first clip of each source goes with."""
-    deal(order.epoch(0)[0], ranks.rank, ranks.num_ranks)
+    if order.num_groups % ranks.num_ranks:
+        raise BadInput("options", f"--micro-batches {order.num_groups} for {ranks.num_ranks} ranks",
+                       f"a multiple of {ranks.num_ranks}", "each rank gets equally many of a step's micro-batches")
+    order.epoch(0)
     for source in sources:
         turns.batch(source.load_batch([0])[1])
 
