@@ -5,8 +5,8 @@ Notable:
   description is found. It finds damage, not malice: whoever writes a file can hash it, so every other check stays
 - `load_adapter` reads with plain reads, never by mmap (where a file cut short is a SIGBUS), and lets neither pickle nor a
   library near the file. What the header says is held against the file's true size before a byte is allocated for it
-- `save_adapter` replaces the file in one step: a crash, a full disk or a SIGKILL leaves the old file or the new one.
-  A temporary file is locked while its writer lives, so that a later save can tell an orphan from a rival's work
+- `save_adapter` replaces the file in one step (`files.write_parts`): a crash, a full disk or a SIGKILL leaves the old file
+  or the new one
 - one content has one file: the same tensors and description give the same bytes
 
 docs/adapter_format.md is the format; its reader of some thirty lines is run by the tests. Saving needs POSIX (flock, fsync
@@ -16,13 +16,11 @@ of a folder), loading does not. A file stays readable by `safetensors.torch.load
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from omni_adapters.files import CHUNK, json_bytes, json_object, json_values, write_parts
 from omni_adapters.shapes import BadInput, listing, shape
 
 FORMAT = 1
@@ -44,14 +43,9 @@ OPENING = b'{"__metadata__":{"sha256":"'  # every header begins so, which fixes 
 DIGEST = slice(8 + len(OPENING), 8 + len(OPENING) + 64)  # in the file: after the 8 bytes of header length
 MAX_HEADER = 16 << 20  # bytes; a header of 1,000 tensors has about 0.1 MB
 MAX_AXES = 64  # torch iterates over no more
-MAX_DEPTH = 32  # levels of a description
-MAX_DIGITS = 32  # characters of a number; a float64 has at most 24, a 64-bit integer 20
-CHUNK = 1 << 20  # bytes read, written, or values looked at, at once
-UNFINISHED = ".saving"  # ends the name of a temporary file
 
 # A name goes into error messages and terminals: no control characters, line separators or halves of surrogate pairs.
 UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 DAMAGED = "the file is damaged or was not written by save_adapter: copy it again from where it is whole"
 
@@ -90,18 +84,16 @@ def save_adapter(path: StrPath, tensors: Mapping[str, Tensor], description: Mapp
     for name, tensor in tensors.items():
         _check_name(where, name)
         _check_kind(where, name, tensor)
-    if not isinstance(description, Mapping):
-        raise BadInput(where, f"a description of type {type(description).__name__}", "a dict of JSON values")
-    _check_json(where, "description", dict(description))
+    written = json_values(where, "a description", description)
     plain = {name: _snapshot(tensors[name]) for name in _body_order(tensors)}
     for name, tensor in plain.items():
         _check_finite(where, name, tensor)
-    head = _head(where, plain, dict(description))
+    head = _head(where, plain, written)
     parts = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in plain.values()]
     digest = _hash_of_head(head)
     for part in parts:
         digest.update(part)
-    _write_atomically(target, [memoryview(_with_digest(head, digest.hexdigest())), *parts])
+    write_parts(target, [_with_digest(head, digest.hexdigest()), *parts])
 
 
 def load_adapter(path: StrPath, *, max_bytes: int = 4 << 30) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,7 +113,7 @@ def load_adapter(path: StrPath, *, max_bytes: int = 4 << 30) -> tuple[dict[str, 
             raise BadInput(where, f"a file of {size} bytes", f"at most max_bytes = {max_bytes}",
                            "pass a larger max_bytes if you trust the file")
         head = _read_head(where, file, size)
-        header = _parse(where, "a header", head[8:])
+        header = json_object(where, "a header", head[8:], DAMAGED)
         digest, description = _read_metadata(where, header, head)
         entries = _read_entries(where, header, size - len(head))
         found, buffers = _read_body(where, file, head, entries)
@@ -166,33 +158,6 @@ def _check_finite(where: str, name: str, tensor: Tensor) -> None:
                        "finite values", "go back to the checkpoint before training diverged")
 
 
-def _check_json(where: str, key: str, value: object, depth: int = 1) -> None:
-    """Refuse what would not come back from JSON as it went in. `key` is the way to the value, for the message."""
-    if depth > MAX_DEPTH:
-        raise BadInput(where, f"a description nested deeper than {MAX_DEPTH} levels", "a shallower one",
-                       "does it contain itself?")
-    if isinstance(value, dict):
-        for name, item in value.items():
-            if not isinstance(name, str) or SURROGATE.search(name):
-                raise BadInput(where, f"the key {name!r:.80} in {key:.200}", "keys that are text", "JSON has no others")
-            _check_json(where, f"{key}.{_label(name)}", item, depth + 1)
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            _check_json(where, f"{key}[{number}]", item, depth + 1)
-    elif not _is_json_leaf(value):
-        raise BadInput(where, f"{key:.200} = {_brief(value)} ({type(value).__name__})",
-                       "a JSON value: dict, list, str, bool, None, a finite float, an integer of 64 bits",
-                       "make lists of tuples, and numbers of arrays and tensors")
-
-
-def _is_json_leaf(value: object) -> bool:
-    if isinstance(value, str):
-        return SURROGATE.search(value) is None
-    if isinstance(value, int):  # bool is one of them
-        return -(2**63) <= value < 2**64
-    return value is None or (isinstance(value, float) and math.isfinite(value))
-
-
 # Writing
 
 
@@ -215,23 +180,19 @@ def _head(where: str, tensors: Mapping[str, Tensor], description: dict[str, Any]
     from omni_adapters import __version__  # at call time: the index may import this module
 
     metadata = {"sha256": 64 * "0", "adapter_format": str(FORMAT), "omni_adapters": __version__,
-                "description": _dumps(description, sort_keys=True)}
+                "description": json_bytes(description).decode()}
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for name, tensor in tensors.items():
         end = begin + tensor.nbytes
         header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
-    text = _dumps(header).encode()
+    text = json_bytes(header, sort_keys=False)
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise BadInput(where, f"names and a description that make a header of {len(text)} bytes",
                        f"at most {MAX_HEADER}", "put large data into tensors")
     return len(text).to_bytes(8, "little") + text
-
-
-def _dumps(value: object, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
 
 
 def _with_digest(head: bytes, digest: str) -> bytes:
@@ -241,75 +202,6 @@ def _with_digest(head: bytes, digest: str) -> bytes:
 def _hash_of_head(head: bytes) -> hashlib._Hash:
     """The sha256 begun: all of the head, with zeros where the digest stands."""
     return hashlib.sha256(_with_digest(head, 64 * "0"))
-
-
-def _write_atomically(target: Path, parts: Sequence[memoryview]) -> None:
-    """Write beside the target, then rename: whatever interrupts it, the target is the old file or the whole new one."""
-    _remove_orphans(target)  # first: they may be what fills the disk
-    with _temporary_beside(target) as (temporary, file):
-        for part in parts:
-            _write_all(file, part)
-        os.fsync(file)  # the rename must not reach the disk before the values do
-        os.replace(temporary, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write_all(file: int, part: memoryview) -> None:
-    while part:
-        part = part[os.write(file, part[:CHUNK]):]
-
-
-@contextmanager
-def _temporary_beside(target: Path) -> Iterator[tuple[Path, int]]:
-    """A new file, locked while it is open and gone when the block fails."""
-    temporary, file = _create_locked(target)
-    try:
-        yield temporary, file
-    except BaseException:  # an interrupt from the keyboard, too
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    finally:
-        os.close(file)
-
-
-def _create_locked(target: Path) -> tuple[Path, int]:
-    while True:
-        temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}{UNFINISHED}")
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the kernel takes the umask off
-        _lock(file)
-        if os.fstat(file).st_nlink:
-            return temporary, file
-        os.close(file)  # a rival took it for an orphan before it was locked
-
-
-def _remove_orphans(target: Path) -> None:
-    """Unlink what killed saves of this target left behind. A file that is locked has a living writer and stays."""
-    left_behind = re.compile(rf"{re.escape(f'.{target.name}.')}[0-9a-f]{{8}}{re.escape(UNFINISHED)}")
-    for path in target.parent.iterdir():
-        if left_behind.fullmatch(path.name):
-            with suppress(OSError):  # gone meanwhile, or somebody else's
-                file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-                try:
-                    if _lock(file, wait=False):
-                        path.unlink()
-                finally:
-                    os.close(file)
-
-
-def _lock(file: int, wait: bool = True) -> bool:
-    """Whether the file is now ours; the lock ends with the descriptor, or with the process however it ends."""
-    import fcntl  # here: Windows has none, and can load
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held by another, or a file system without locks, where orphans stay
-        return False
-    return True
 
 
 # Reading
@@ -335,41 +227,9 @@ def _shrunk(where: str) -> BadInput:
                     "let the writer finish: save_adapter never writes in place")
 
 
-def _parse(where: str, what: str, text: bytes) -> Any:
-    """JSON as this format has it: UTF-8, no key twice in an object, no NaN, numbers of a sane length."""
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_constant,
-                          parse_int=lambda digits: int(_short(digits)), parse_float=lambda digits: float(_short(digits)))
-    except RecursionError:
-        raise BadInput(where, f"{what} nested too deep", f"at most {MAX_DEPTH} levels", DAMAGED) from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise BadInput(where, f"{what} that is not JSON ({error!s:.120})", "UTF-8 JSON, each key once", DAMAGED) from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Readers disagree about which of two equal keys counts."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the key {name!r:.80} twice")
-        found[name] = value
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"the constant {name}")
-
-
-def _short(digits: str) -> str:
-    """Converting digits to an integer takes quadratic time."""
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} characters")
-    return digits
-
-
-def _read_metadata(where: str, header: object, head: bytes) -> tuple[str, dict[str, Any]]:
+def _read_metadata(where: str, header: dict[str, Any], head: bytes) -> tuple[str, dict[str, Any]]:
     """The digest and the description, of a format this version knows."""
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or "adapter_format" not in metadata:
         raise BadInput(where, "a file without adapter_format in its metadata", "an adapter, as save_adapter writes it",
                        "load other safetensors files with safetensors.torch.load_file")
@@ -383,7 +243,7 @@ def _read_metadata(where: str, header: object, head: bytes) -> tuple[str, dict[s
     digest = metadata["sha256"]
     if not re.fullmatch("[0-9a-f]{64}", digest) or not head.startswith(OPENING + digest.encode() + b'"', 8):
         raise BadInput(where, f"sha256 {digest!r:.80}", f"64 hexadecimal digits, {DIGEST.start} bytes into the file", DAMAGED)
-    return digest, _read_description(where, metadata["description"])
+    return digest, json_object(where, "a description", metadata["description"].encode(), DAMAGED)
 
 
 def _check_format(where: str, metadata: Mapping[str, str]) -> None:
@@ -394,14 +254,6 @@ def _check_format(where: str, metadata: Mapping[str, str]) -> None:
                        f"format {FORMAT}, the newest that this version knows", "upgrade omni-adapters")
     if number < FORMAT:
         raise BadInput(where, f"adapter format {text!r:.40}", f"format {FORMAT}", DAMAGED)
-
-
-def _read_description(where: str, text: str) -> dict[str, Any]:
-    description = _parse(where, "a description", text.encode("utf-8", "surrogatepass"))
-    if not isinstance(description, dict):
-        raise BadInput(where, f"a description of type {type(description).__name__}", "a JSON object", DAMAGED)
-    _check_json(where, "description", description)
-    return description
 
 
 def _read_entries(where: str, header: Mapping[str, Any], body: int) -> list[Entry]:
@@ -423,15 +275,15 @@ def _read_entries(where: str, header: Mapping[str, Any], body: int) -> list[Entr
 def _read_entry(where: str, name: str, value: object, begin: int) -> Entry:
     came = f"tensor {name!r:.80} with "
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise BadInput(where, came + _brief(value), "exactly dtype, shape and data_offsets", DAMAGED)
+        raise BadInput(where, f"{came}{value!r:.100}", "exactly dtype, shape and data_offsets", DAMAGED)
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise BadInput(where, f"{came}dtype {_brief(value['dtype'])}", f"one of {listing(list(DTYPES), 10)}", DAMAGED)
+        raise BadInput(where, f"{came}dtype {value['dtype']!r:.100}", f"one of {listing(list(DTYPES), 10)}", DAMAGED)
     sizes, offsets = value["shape"], value["data_offsets"]
     if not _is_counts(sizes, MAX_AXES) or math.prod(max(size, 1) for size in sizes) >= 2**63:
-        raise BadInput(where, f"{came}shape {_brief(sizes)}", f"up to {MAX_AXES} integers from 0, below 2**63 values", DAMAGED)
+        raise BadInput(where, f"{came}shape {sizes!r:.100}", f"up to {MAX_AXES} integers from 0, below 2**63 values", DAMAGED)
     if not _is_counts(offsets, 2) or len(offsets) != 2:
-        raise BadInput(where, f"{came}data_offsets {_brief(offsets)}", "two integers from 0", DAMAGED)
+        raise BadInput(where, f"{came}data_offsets {offsets!r:.100}", "two integers from 0", DAMAGED)
     size = math.prod(sizes) * dtype.itemsize
     if offsets != [begin, begin + size]:
         raise BadInput(where, f"{came}data_offsets {offsets}",
@@ -469,15 +321,3 @@ def _as_tensor(where: str, entry: Entry, buffer: Tensor) -> Tensor:
     tensor = buffer.view(entry.dtype).view(entry.shape)
     _check_finite(where, entry.name, tensor)
     return tensor
-
-
-def _label(key: str) -> str:
-    """A key of a description, fit for a message: as it stands, unless that would break the line."""
-    return f"{key!r:.80}" if UNWRITABLE.search(key) else f"{key:.80}"
-
-
-def _brief(value: object) -> str:
-    try:
-        return f"{value!r:.100}"
-    except Exception:  # an integer of more digits than Python prints, or an object that cannot
-        return f"something unprintable of type {type(value).__name__}"

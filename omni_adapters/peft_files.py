@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from omni_adapters.anatomy import plain_name, unwrap
-from omni_adapters.data.manifest import write_whole
+from omni_adapters.files import json_object, write_whole
 from omni_adapters.lora import LoRALinear, inject_at, lora_by_path, lora_layers, lora_settings, remove_lora
 from omni_adapters.shapes import BadInput, listing, shape
 
@@ -82,13 +82,15 @@ def import_peft(gpt: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
 
 def read(where: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load((folder / WEIGHTS).read_bytes())
+        contents = [(folder / name).read_bytes() for name in (CONFIG, WEIGHTS)]
     except FileNotFoundError as error:
         raise BadInput(where, f"no {Path(error.filename).name}", f"a folder with {CONFIG} and {WEIGHTS}") from error
+    config = json_object(where, CONFIG, contents[0])
+    try:
+        tensors = load(contents[1])
     except (ValueError, SafetensorError) as error:
-        raise BadInput(where, f"a file that does not read ({error})", f"{CONFIG} and {WEIGHTS} as PEFT writes them") from error
-    if not isinstance(config, dict) or not isinstance(config.get("r"), int) or "lora_alpha" not in config:
+        raise BadInput(where, f"{WEIGHTS}, which does not read ({error})", "the file as PEFT writes it") from error
+    if not isinstance(config.get("r"), int) or "lora_alpha" not in config:
         raise BadInput(where, f"a {CONFIG} without r and lora_alpha", "what PEFT's LoraConfig saves")
     for name, plain in PLAIN.items():
         found = config.get(name, plain)

@@ -131,7 +131,7 @@ def test_rows_may_be_changed_by_who_got_them(clips):
     (dict(max_seconds=0), "got max_seconds 0; expected a positive number"),
     (dict(max_seconds=0.3), "ManifestClips, manifest lines 1, 6: got clips of up to 0.4 s; expected 0 to max_seconds = 0.3 s"),
     (dict(rows=[ManifestRow("a.wav", "", 1.0), ManifestRow("a.wav", "", -1.0)]), "manifest line 2: got clips of up to -1 s"),
-    (dict(rows=[ManifestRow("a.wav", "", 1.0, {"x": (1,)})]), "manifest line 1: got a row with values that JSON changes"),
+    (dict(rows=[ManifestRow("a.wav", "", 1.0, {"x": (1,)})]), "manifest line 1: got a row, where 'x' is (1,) (tuple)"),
 ])
 def test_a_bad_manifest(manifest, encoder, change, message):
     with pytest.raises(BadInput) as refusal:

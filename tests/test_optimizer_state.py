@@ -205,7 +205,7 @@ class Counting(Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -256,6 +256,20 @@ def test_sparse_adam_counts_with_a_python_number() -> None:
     for table, optimizer in zip(tables, (one, two)):
         look_up(table, optimizer)
     assert raw({"w": tables[0].weight}, one) == raw({"w": tables[1].weight}, two)
+
+
+@pytest.mark.parametrize("options, device", [({}, "cpu"), ({"fused": True}, "meta"), ({"capturable": True}, "meta")])
+def test_where_the_step_count_lives(options: dict[str, bool], device: str) -> None:
+    """On the host, unless the optimizer's kernel reads it: then with the parameter, for which meta stands in here. Also
+    where the parameter is a single value, too."""
+    one = {"scale": torch.ones((), requires_grad=True)}
+    first = AdamW(one.values())
+    train(one, first, 0, 2)
+    two = {"scale": torch.ones((), device="meta", requires_grad=True)}
+    second = AdamW(two.values(), **options)
+    restore_state(two, second, gather_state(one, first))
+    state = second.state[two["scale"]]
+    assert state["step"].device.type == device and state["exp_avg"].device.type == "meta"
 
 
 # Refusals

@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a foreign tensor": (lambda f: edited(f, tensors=lambda t: t.update({"weight": torch.zeros(1)})), "a tensor weight"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS}"),
     "torn weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-7]), "does not read"),
-    "torn config": (lambda f: (f / CONFIG).write_text("{"), "does not read"),
+    "torn config": (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG}, which is not JSON"),
 }
 
 

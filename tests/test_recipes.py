@@ -49,7 +49,6 @@ from omni_adapters.data.epochs import Order
 from omni_adapters.data.manifest import read_manifest, write_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.model import OmniGPT, digest
-from omni_adapters.shapes import BadInput
 from omni_adapters.training.hosts import SPECIALS, Host, WordTokenizer, open_host, save_reference
 from omni_adapters.training.sources import open_source
 from omni_adapters.training.turns import Turns
@@ -98,7 +97,7 @@ def here(recipe: str, arguments: list[str]) -> None:
 
 
 def refused(recipe: str, arguments: list[str], match: str) -> str:
-    with pytest.raises(BadInput, match=match) as error:
+    with pytest.raises(SystemExit, match=match) as error:
         here(recipe, arguments)
     return str(error.value)
 

@@ -151,7 +151,7 @@ def test_rows_are_seen_at_once_and_torn_ones_never(run, folder):
     run.log(row(2))
     assert run.rows() == [row(1), row(2)]
     (folder / "log.jsonl").write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n')
-    with pytest.raises(BadInput, match=r"log\.jsonl, line 2, which is not JSON"):
+    with pytest.raises(BadInput, match=r"log\.jsonl, line 2, which is not UTF-8"):
         run.rows()
 
 
@@ -179,7 +179,7 @@ def test_what_is_no_json_is_refused(run, folder, value):
 def test_a_configuration_that_contains_itself():
     endless = {}
     endless["self"] = endless
-    with pytest.raises(BadInput, match="nested deeper than 30 levels"):
+    with pytest.raises(BadInput, match="nested deeper than 32 levels"):
         RunFolder("anywhere", endless)
 
 
@@ -258,10 +258,27 @@ def test_a_changed_configuration_is_refused_and_every_difference_named(tmp_path_
 
 
 def test_equal_configurations(folder):
-    RunFolder(folder, {"betas": (0.9, 0.95), "n": 2}).recover()
-    assert RunFolder(folder, {"n": 2.0, "betas": [0.9, 0.95]}).recover() is None
+    first = RunFolder(folder, {"betas": (0.9, 0.95), "n": 2})
+    first.recover()
+    train(first, 0, 5)
+    first.close()
+    assert RunFolder(folder, {"n": 2.0, "betas": [0.9, 0.95]}).recover() == 5
     with pytest.raises(BadInput, match=r"n: saved 2, here True"):
         RunFolder(folder, {"n": True, "betas": [0.9, 0.95]}).recover()
+
+
+def test_without_a_checkpoint_a_run_begins_anew_as_it_is_now(folder):
+    """A first attempt that failed on its data, say, is in nobody's way."""
+    first = RunFolder(folder, {"data": "wrong"})
+    first.recover()
+    train(first, 0, EVERY - 1)
+    first.close()
+    second = RunFolder(folder, {"data": "right"})
+    assert second.recover() is None and second.rows() == []
+    train(second, 0, EVERY)
+    second.close()
+    with pytest.raises(BadInput, match="data: saved 'right', here 'wrong'"):
+        RunFolder(folder, {"data": "wrong"}).recover()
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "step-00000100.safetensors"])
@@ -342,6 +359,7 @@ def test_a_run_that_began_while_one_waited_for_the_lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX)
         os.write(writer, b"!")
         time.sleep(0.3)
+        (folder / "step-00000005.safetensors").write_bytes(b"theirs")
         (folder / "run.json").write_text('{"seed": 2}')
         os._exit(0)
     assert os.read(reader, 1) == b"!"
@@ -350,7 +368,7 @@ def test_a_run_that_began_while_one_waited_for_the_lock(folder):
     os.waitpid(child, 0)
     os.close(reader)
     os.close(writer)
-    assert contents(folder) == {"run.json": b'{"seed": 2}'}
+    assert contents(folder) == {"run.json": b'{"seed": 2}', "step-00000005.safetensors": b"theirs"}
 
 
 def test_a_second_object_of_this_process_is_refused_and_close_lets_go(run, folder):
@@ -367,13 +385,16 @@ def test_a_second_object_of_this_process_is_refused_and_close_lets_go(run, folde
 
 
 def test_a_refusal_leaves_the_folder_to_others(folder):
-    RunFolder(folder, CONFIG).recover()
+    first = RunFolder(folder, CONFIG)
+    first.recover()
+    train(first, 0, 5)
+    first.close()
     refused = RunFolder(folder, {})
     with pytest.raises(BadInput, match="another configuration"):
         refused.recover()
     run = RunFolder(folder, CONFIG)
-    assert run.recover(patience=0) is None
-    train(run, 0, 6)
+    assert run.recover(patience=0) == 5
+    train(run, 5, 1)
     run.close()
     (folder / "log.jsonl").write_bytes(b"")  # found out under the lock
     with pytest.raises(BadInput, match="at step 5"):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omni_adapters.data.manifest import write_whole
+from omni_adapters.files import write_whole
 from omni_adapters.shapes import BadInput, MissingExtra, shape
 
 Waveform = npt.NDArray[np.float32]  # (T,) mono
@@ -79,7 +79,7 @@ def save_audio(path: str | os.PathLike[str], waveform: npt.ArrayLike, sampling_r
     pcm = np.minimum(np.rint(samples * np.float32(32768)), 32767).astype(np.int16)
     content = io.BytesIO()
     soundfile.write(content, pcm, sampling_rate, format="WAV", subtype="PCM_16")
-    write_whole("save_audio", path, content.getvalue())
+    write_whole("save_audio", path, content.getvalue(), sweep=False)  # a folder may hold a million of them
 
 
 def resample(waveform: npt.ArrayLike, from_rate: int, to_rate: int) -> Waveform:

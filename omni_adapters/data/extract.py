@@ -11,7 +11,6 @@ Notable:
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -26,16 +25,7 @@ from torch import Tensor
 
 from omni_adapters.data.clips import at_lines, check_encoder, load_inputs
 from omni_adapters.data.epochs import check_rank, fill
-from omni_adapters.data.manifest import (
-    ManifestRow,
-    common_folder,
-    json_bytes,
-    json_values,
-    manifest_lines,
-    manifest_sha256,
-    portable_row,
-    write_whole,
-)
+from omni_adapters.data.manifest import ManifestRow, common_folder, manifest_lines, manifest_sha256, portable_row
 from omni_adapters.data.shard_format import (
     DTYPES,
     FORMAT_VERSION,
@@ -56,6 +46,7 @@ from omni_adapters.data.shard_format import (
 )
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.features import check_form, check_values
+from omni_adapters.files import UNFINISHED, json_bytes, json_object, json_values, write_whole
 from omni_adapters.shapes import BadInput, listing
 
 
@@ -120,7 +111,7 @@ class _Writer:
     def read_json(self, path: Path) -> dict[str, Any] | None:
         """A sidecar or the index; None where it is absent or damaged, refused where its configuration is another."""
         try:
-            content = json.loads(path.read_bytes())
+            content = json_object("write_shards", str(path), path.read_bytes())
             theirs = dict(content["config"])
         except (FileNotFoundError, *MALFORMED):
             return None
@@ -128,13 +119,13 @@ class _Writer:
         if fields:
             raise BadInput("write_shards", _settings(fields, self.config), f"{_settings(fields, theirs)}, as {path} has it",
                            "choose another folder, or delete this one to start over")
-        return dict(content)
+        return content
 
     def sweep(self, names: Sequence[str]) -> None:
         """Remove what a killed run left half-written; only of own shards, as other ranks may be at work."""
         prefixes = tuple(f".{name}." for name in names)
-        for path in self.out.glob(".*.tmp"):
-            if path.name.startswith(prefixes):
+        for path in self.out.glob(".*"):
+            if path.name.startswith(prefixes) and path.suffix in (UNFINISHED, ".tmp"):  # .tmp: of older writers
                 path.unlink(missing_ok=True)
 
     def entry(self, number: int) -> Shard | None:
@@ -157,9 +148,9 @@ class _Writer:
         """Encode and write one shard, the sidecar after the tar; returns a phrase for the progress line."""
         content, samples = pack(self.members(number))
         shard = Shard(tar_name(number), hashlib.sha256(content).hexdigest(), len(content), samples)
-        write_whole("write_shards", self.out / shard.name, content)
+        write_whole("write_shards", self.out / shard.name, content, sweep=False)  # `sweep` has done it, for all shards
         sidecar = json_bytes({"config": self.config, "shard": plain(shard)})
-        write_whole("write_shards", self.out / sidecar_name(number), sidecar)
+        write_whole("write_shards", self.out / sidecar_name(number), sidecar, sweep=False)
         return f"{len(samples)} samples, {len(content) / 1e6:.1f} MB"
 
     def members(self, number: int) -> list[Member]:

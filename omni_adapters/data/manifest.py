@@ -2,9 +2,8 @@
 
 Notable:
 - Every refusal names the file and the line, so that a bad row among a million is found with one look.
-- What `json` alone lets pass is refused: a key given twice in one row, NaN, Infinity, lone surrogates.
 - Audio paths are absolute in memory and relative to the manifest's folder on disk: a data set can be moved whole.
-- A file appears whole or not at all, and equal rows are written as equal bytes.
+- Equal rows are written as equal bytes; `files` holds what JSON is, and how a file appears whole or not at all.
 - A portable row tells its audio from the deepest folder that holds all of it: a data set keeps its sha256 when it moves.
 """
 
@@ -12,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omni_adapters.files import json_bytes, json_object, json_values, write_whole
 from omni_adapters.shapes import BadInput, listing
 
 _FIELDS: dict[str, tuple[type, ...]] = {"audio": (str,), "text": (str,), "seconds": (int, float)}
@@ -44,9 +42,8 @@ class ManifestRow:
 def read_manifest(path: str | os.PathLike[str]) -> list[ManifestRow]:
     """The rows of a manifest, relative audio paths joined to the manifest's folder. Blank lines are skipped.
 
-    Refused with `BadInput`, naming the file and the line: a missing file, bytes that are not UTF-8, bad JSON, a row
-    that is not an object, a missing or repeated key, a value of the wrong type, seconds that are negative or not
-    finite, a file without rows.
+    Refused with `BadInput`, naming the file and the line: a missing file, a row that `files.json_object` refuses, a missing
+    key, a value of the wrong type, negative seconds, a file without rows.
     The audio files themselves are not looked at.
     """
     source = Path(path)
@@ -117,41 +114,6 @@ def row_values(where: str, what: str, row: ManifestRow, audio: str) -> dict[str,
     return json_values(where, what, {**row.attributes, "audio": audio, "text": row.text, "seconds": seconds})
 
 
-def json_values(where: str, what: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A copy that JSON gives back as it was, or a refusal: what is read must equal what was meant."""
-    try:
-        copy = json.loads(json_bytes(values))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadInput(where, f"{what} with a value JSON cannot hold ({error})",
-                       "text, finite numbers, lists and string-keyed dicts") from error
-    if not isinstance(copy, dict) or copy != values:
-        raise BadInput(where, f"{what} with values that JSON changes", "a dict of JSON values",
-                       "turn tuples into lists and keys into strings")
-    return copy
-
-
-def json_bytes(values: Any) -> bytes:
-    """Equal values → equal bytes: UTF-8, keys sorted, no spaces. NaN and infinity raise ValueError."""
-    return json.dumps(values, ensure_ascii=False, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
-
-
-def write_whole(where: str, path: str | os.PathLike[str], content: bytes) -> None:
-    """Put `content` at `path` in one step: a reader, or a crash, sees the old file or the new one, never a part."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise BadInput(where, f"{target}, in a folder that does not exist", "a path in an existing folder",
-                       f"create {target.parent} first")
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")  # same folder: os.replace stays atomic
-    try:
-        with open(beside, "xb") as file:  # mode follows the umask; tempfile would leave 0600 behind
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _line(place: str, row: ManifestRow, folder: Path) -> str:
     values = row_values("write_manifest", place, row, _stored(row.audio, folder))
     line = json.dumps(values, ensure_ascii=False, sort_keys=True)
@@ -168,7 +130,7 @@ def _stored(audio: str, folder: Path) -> str:
 
 def _parse(where: str, place: str, line: bytes) -> ManifestRow:
     """One line's row, its audio path as it stands in the file."""
-    values = _object(where, place, line)
+    values = json_object(where, place, line)
     for key, kinds in _FIELDS.items():
         if key not in values:
             raise BadInput(where, f"{place}, without {key!r}", f"the keys {listing(list(_FIELDS))}")
@@ -178,40 +140,7 @@ def _parse(where: str, place: str, line: bytes) -> ManifestRow:
     audio, text = values.pop("audio"), values.pop("text")
     if not audio or "\0" in audio:
         raise BadInput(where, f"{place}, where 'audio' is {audio!r}", "a path for 'audio'")
-    return ManifestRow(audio, text, _seconds(where, place, values.pop("seconds")), values)
-
-
-def _seconds(where: str, place: str, value: float) -> float:
-    try:
-        seconds = float(value)
-    except OverflowError:  # an integer beyond 1.8e308
-        seconds = math.inf
-    if not (math.isfinite(seconds) and seconds >= 0):
+    seconds = float(values.pop("seconds"))
+    if seconds < 0:
         raise BadInput(where, f"{place}, where 'seconds' is {seconds}", "a finite duration ≥ 0")
-    return seconds
-
-
-def _object(where: str, place: str, line: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = [key for key in values if keys.count(key) > 1]
-            raise BadInput(where, f"{place}, which gives {listing(twice)} more than once", "each key once")
-        return values
-
-    def constant(name: str) -> float:
-        raise BadInput(where, f"{place}, which holds {name}", "finite numbers, as JSON has no others")
-
-    try:
-        values = json.loads(line.decode(), object_pairs_hook=unique, parse_constant=constant)
-        json.dumps(values, ensure_ascii=False).encode()  # "\ud800" is JSON, and no text
-    except BadInput:
-        raise
-    except UnicodeError as error:
-        raise BadInput(where, f"{place}, which is not UTF-8 ({error})", "UTF-8", "save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(where, f"{place}, which is not JSON ({error})", "one JSON object per line") from error
-    if not isinstance(values, dict):
-        raise BadInput(where, f"{place}, which is a {type(values).__name__}", "one JSON object per line")
-    return values
+    return ManifestRow(audio, text, seconds, values)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -24,6 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
+
+from omni_adapters.files import json_object
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -136,7 +137,7 @@ def unpack(key: str, span: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if file is None:
                 raise ValueError(f"no {name} there")
             contents.append(file.read())
-    return dict(json.loads(contents[0])), load_tensors(contents[1])
+    return json_object("unpack", f"{key}.json", contents[0]), load_tensors(contents[1])
 
 
 def file_sha256(file: BinaryIO) -> str:

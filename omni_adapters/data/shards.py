@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from omni_adapters.data.clips import Batch, Kind
-from omni_adapters.data.manifest import json_bytes
 from omni_adapters.data.shard_format import (
     DTYPES,
     FORMAT_VERSION,
@@ -36,6 +35,7 @@ from omni_adapters.data.shard_format import (
     unpack,
 )
 from omni_adapters.features import pad_rows
+from omni_adapters.files import json_bytes
 from omni_adapters.shapes import BadInput, listing, shape
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from omni_adapters.data.manifest import write_whole
+from omni_adapters.files import json_object, write_whole
 from omni_adapters.shapes import BadInput, listing
 
 SPECIALS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")  # nanochat's own
@@ -60,6 +61,9 @@ def open_host(kind: str, checkpoint: str | os.PathLike[str], device: torch.devic
 
 
 def named_loader(kind: str) -> Callable[[Any, torch.device], Any]:
+    """A function by its name, from a module that can be imported or lies in the current folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     module, colon, function = kind.partition(":")
     if not colon:
         raise BadInput("open_host", f"kind {kind!r}", f"{listing(list(LOADERS))}, or module:function")
@@ -118,8 +122,8 @@ def load_reference(folder: str | os.PathLike[str], device: torch.device) -> tupl
     source = Path(folder)
     if not (source / "host.json").is_file():
         raise BadInput("load_reference", f"{source}, which has no host.json", "a folder that save_reference finished")
+    content = json_object("load_reference", f"{source / 'host.json'}", (source / "host.json").read_bytes(), "train the GPT again")
     try:
-        content = json.loads((source / "host.json").read_text("utf-8"))
         gpt = GPT(GPTConfig(**content["config"]))
         gpt.load_state_dict(load_file(source / "model.safetensors"))
         return gpt.to(device), WordTokenizer(content["words"])
@@ -159,7 +163,7 @@ class TransformersTokenizer:
         known = self.tokenizer.get_vocab()
         if text not in known:
             raise BadInput("TransformersTokenizer", f"the special token {text}", "one that the tokenizer has",
-                           "use --format plain, or add the chat tokens to the tokenizer and the model")
+                           "use --form plain, or add the chat tokens to the tokenizer and the model")
         return int(known[text])
 
 

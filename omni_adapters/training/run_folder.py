@@ -19,7 +19,6 @@ One process recovers, saves and logs; any may read. Writing needs POSIX, and a f
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import time
@@ -32,14 +31,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from omni_adapters.checkpoint import load_adapter, save_adapter
-from omni_adapters.data.manifest import write_whole
 from omni_adapters.descriptions import differences
+from omni_adapters.files import json_object, json_values, sync_folder, write_all, write_whole
 from omni_adapters.shapes import BadInput, listing
 
 STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,15})\.safetensors")
 LEFT_BEHIND = re.compile(rf"\.({STEP.pattern}|run\.json)\.[0-9a-f]{{8}}\.(saving|tmp)")  # by killed writers of these files
 NO_LIMIT = 1 << 62  # bytes of a checkpoint; its header is held against the file's true size anyway
-MAX_DEPTH = 30  # levels of a configuration, a state or a row; an adapter file's description has room for 32
+DIVERGED = "make numbers of arrays and tensors; NaN and infinity mean that training has diverged"
+DAMAGED = "the file was damaged, or written by something else: put it back from where it is whole"
 POLL = 0.05  # seconds between two tries for the lock
 
 
@@ -70,7 +70,7 @@ class RunFolder:
 
     def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any], *, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
-        self.config = _as_json(f"RunFolder({os.fsdecode(folder)!r})", "config", config)
+        self.config = _plain(f"RunFolder({os.fsdecode(folder)!r})", "config", config)
         if keep < 1:
             raise BadInput(f"RunFolder({os.fsdecode(folder)!r})", f"keep = {keep}", "at least 1")
         self._log_bytes = 0
@@ -86,6 +86,8 @@ class RunFolder:
         checkpoints are damaged the log is moved aside as well.
 
         patience: seconds to wait for the lock; a killed process may take some to die.
+
+        A run without any checkpoint begins anew, and may do so with another configuration.
 
         Raises BadInput, with nothing changed in the folder: another configuration, naming every key path that differs; files
         of a run without a run.json; a log shorter than its checkpoint says; a living process that writes here.
@@ -121,7 +123,7 @@ class RunFolder:
         self._check_locked(where)
         if not isinstance(step, int) or not 0 <= step < 10**16:
             raise BadInput(where, f"step {step!r:.40}", "an integer from 0, of up to 16 digits")
-        state = _as_json(where, "state", state)
+        state = _plain(where, "state", state)
         with self._log_file(where) as file:
             os.fsync(file)
         save_adapter(self.path(step), tensors, {"step": step, "log_bytes": self._log_bytes, "state": state})
@@ -137,10 +139,10 @@ class RunFolder:
         """
         where = self._where("log")
         self._check_locked(where)
-        line = (json.dumps(_as_json(where, "row", row), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = (json.dumps(_plain(where, "row", row), ensure_ascii=False, allow_nan=False) + "\n").encode()
         with self._log_file(where) as file:
             try:
-                _write(file, line)
+                write_all(file, line)
             except BaseException:
                 with suppress(OSError):  # the next to open the log tries again
                     os.ftruncate(file, self._log_bytes)
@@ -154,7 +156,7 @@ class RunFolder:
         except FileNotFoundError:
             return []
         place = f"{self.folder / 'log.jsonl'}, line "
-        return [_object(self._where("rows"), f"{place}{number}", line) for number, line in enumerate(lines, 1)]
+        return [json_object(self._where("rows"), f"{place}{number}", line, DAMAGED) for number, line in enumerate(lines, 1)]
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there are, ascending, damaged ones among them."""
@@ -180,9 +182,9 @@ class RunFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise BadInput(where, "a file", "a folder, or nothing yet", "name another --out")
         if (self.folder / "run.json").exists():
-            saved = _object(where, f"{self.folder / 'run.json'}", (self.folder / "run.json").read_bytes())
+            saved = json_object(where, f"{self.folder / 'run.json'}", (self.folder / "run.json").read_bytes(), DAMAGED)
             changed = differences(saved, self.config)
-            if changed:
+            if changed and self.steps():  # without a checkpoint nothing is lost: the run begins anew as it is now
                 raise BadInput(where, f"another configuration than this folder's run has ({listing(changed, len(changed))})",
                                "the same, to go on with it", "name another --out for a new run, or go back to the old settings")
         else:
@@ -223,9 +225,10 @@ class RunFolder:
     # Bringing it back
 
     def _recover(self, where: str) -> int | None:
-        if not (self.folder / "run.json").exists():
-            text = json.dumps(self.config, indent=2, ensure_ascii=False, allow_nan=False)
-            write_whole(where, self.folder / "run.json", f"{text}\n".encode())
+        text = json.dumps(self.config, indent=2, ensure_ascii=False, allow_nan=False)
+        content, path = f"{text}\n".encode(), self.folder / "run.json"
+        if not path.exists() or (path.read_bytes() != content and not self.steps()):
+            write_whole(where, path, content)
         newest, log_bytes, damaged = self._newest_whole()
         log = self.folder / "log.jsonl"
         present = log.stat().st_size if log.exists() else 0
@@ -240,7 +243,7 @@ class RunFolder:
             if LEFT_BEHIND.fullmatch(name):
                 os.unlink(self.folder / name)
         self._cut_log(log_bytes)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return newest
 
     def _newest_whole(self) -> tuple[int | None, int, list[int]]:
@@ -297,50 +300,5 @@ def _load(path: Path, step: int) -> tuple[Checkpoint, int]:
     return Checkpoint(step, tensors, state), length
 
 
-def _write(file: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(file, content):]
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that the names of files outlast a power cut."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _object(where: str, place: str, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(where, f"{place}, which is not JSON ({error!s:.120})", "a JSON object",
-                       "the file was damaged, or written by something else: put it back from where it is whole") from None
-    if not isinstance(value, dict):
-        raise BadInput(where, f"{place}, which is a {type(value).__name__}", "a JSON object")
-    return value
-
-
-def _as_json(where: str, key: str, value: object, depth: int = 1) -> Any:
-    """A copy that JSON gives back as it is. `key` is the way to the value, for the message."""
-    if depth > MAX_DEPTH:
-        raise BadInput(where, f"{key:.40}… nested deeper than {MAX_DEPTH} levels", "less", "does it contain itself?")
-    if isinstance(value, Mapping):
-        for name in value:
-            if not isinstance(name, str) or not _is_text(name):
-                raise BadInput(where, f"the key {name!r:.80} in {key:.200}", "keys that are text", "JSON has no others")
-        return {name: _as_json(where, f"{key}.{name}", item, depth + 1) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(where, f"{key}[{number}]", item, depth + 1) for number, item in enumerate(value)]
-    if (value is None or isinstance(value, bool) or (isinstance(value, str) and _is_text(value))
-            or (isinstance(value, int) and -(2**63) <= value < 2**64) or (isinstance(value, float) and math.isfinite(value))):
-        return value
-    raise BadInput(where, f"{key:.200} = {value!r:.100} ({type(value).__name__})",
-                   "a JSON value: dict, list, str, bool, None, a finite float, an integer of 64 bits",
-                   "make numbers of arrays and tensors; NaN and infinity mean that training has diverged")
-
-
-def _is_text(value: str) -> bool:
-    """Halves of surrogate pairs are no UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+def _plain(where: str, what: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return json_values(where, what, values, tuples=True, todo=DIVERGED)
