@@ -35,7 +35,15 @@ from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.shapes import BadInput, MissingExtra
 from omni_adapters.training.hosts import open_host
 from omni_adapters.training.optimizer_state import gather_state, restore_state
-from omni_adapters.training.options import Defaults, add_data_options, add_host_options, add_run_options, deciding, host_of
+from omni_adapters.training.options import (
+    Defaults,
+    add_data_options,
+    add_host_options,
+    add_run_options,
+    check_ranges,
+    deciding,
+    host_of,
+)
 from omni_adapters.training.ranks import Ranks, join_ranks, wrap
 from omni_adapters.training.report import finish_run, scoreboard
 from omni_adapters.training.run_folder import RunFolder
@@ -44,7 +52,7 @@ from omni_adapters.training.sources import fit_encoder, identity, open_encoder, 
 from omni_adapters.training.trackers import open_trackers
 from omni_adapters.training.turns import Turns
 from omni_adapters.training.update import check_start, train_step
-from omni_adapters.training.validation import loss_of, validate
+from omni_adapters.training.validation import COLUMNS, loss_of, validate
 
 
 def options() -> argparse.ArgumentParser:
@@ -74,15 +82,17 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[OmniGPT, Turn
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    check_ranges(args)
     omni, turns = build(args, ranks.device)
     source, unseen = open_source(args.train, omni.encoder), open_source(args.valid, omni.encoder)
-    fit_encoder(omni.encoder, source)
     config = deciding(args, host=omni.description()["host"], encoder=identity(omni.encoder), train=source.identity,
                       valid=unseen.identity)
     order = Order(source.lens, max_tokens=args.max_tokens, seed=args.seed, num_groups=args.micro_batches)
-    check_start(order, (source, unseen), turns, ranks)
+    config["tokens"] = check_start(order, (source, unseen), turns, ranks, omni)
     folder = RunFolder(args.out, config, keep=args.keep)
     newest = ranks.share(folder.recover() if ranks.is_first else None)
+    if newest is None:
+        fit_encoder(omni.encoder, source)
     if ranks.is_first:
         print(omni.describe())
         print(f"run        {args.out} {'begins' if newest is None else f'goes on after step {newest}'}", flush=True)
@@ -105,8 +115,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 track(row, row["step"])
 
         def check(step: int) -> None:
+            ends = step in (0, args.steps)  # in between, the transcript is not read again, and only the right sound answered
             result = validate(omni, unseen, turns, max_tokens=args.max_tokens, max_rows=args.validate_rows,
-                              max_answer=args.max_answer)
+                              max_answer=args.max_answer, columns=COLUMNS if ends else COLUMNS[:3],
+                              answered=COLUMNS if ends else COLUMNS[:1])
             log({"step": step, "validation": result})
             if ranks.is_first:
                 tqdm.write(f"step {step}\n{scoreboard(result)}")
@@ -119,11 +131,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         bar = tqdm(numbers, initial=place["step"], total=args.steps, desc="align", unit="step",
                    disable=None if ranks.is_first else True)  # None: shown on a terminal only
         for step, planned, batches in zip(bar, plan, shares):
-            torch.manual_seed(args.seed + step)  # dropout: the same after a kill as without one
             rate = warmup_cosine(step - 1, args.steps, math.ceil(args.warmup * args.steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-            row = train_step(model, omni, optimizer, turns, ranks, batches, micro_loss, clip=args.clip, bf16=args.bf16)
+            row = train_step(model, omni, optimizer, turns, ranks, batches, micro_loss, seeds=(args.seed, step), clip=args.clip,
+                             bf16=args.bf16)
             rows_crc32 = zlib.crc32(json.dumps(planned.groups).encode())  # which samples this step saw
             log({"step": step, "epoch": planned.epoch, "rate": rate, **row, "rows_crc32": rows_crc32})
             bar.set_postfix(loss=f"{row['loss']:.3f}")

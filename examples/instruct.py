@@ -31,13 +31,21 @@ from omni_adapters import Features, OmniGPT
 from omni_adapters.data.clips import loader
 from omni_adapters.data.epochs import Order, deal
 from omni_adapters.encoders.weights import WeightsUnavailable
-from omni_adapters.lora import lora_disabled
+from omni_adapters.lora import lora_settings
 from omni_adapters.model import RATES, digest
 from omni_adapters.shapes import BadInput, MissingExtra
-from omni_adapters.training.distill import distillation_loss, graded, sum_of_losses
+from omni_adapters.training.distill import distillation_loss, graded, sum_of_losses, teacher
 from omni_adapters.training.hosts import open_host
 from omni_adapters.training.optimizer_state import gather_state, restore_state
-from omni_adapters.training.options import Defaults, add_data_options, add_host_options, add_run_options, deciding, host_of
+from omni_adapters.training.options import (
+    Defaults,
+    add_data_options,
+    add_host_options,
+    add_run_options,
+    check_ranges,
+    deciding,
+    host_of,
+)
 from omni_adapters.training.ranks import Ranks, join_ranks, wrap
 from omni_adapters.training.report import finish_run, scoreboard
 from omni_adapters.training.run_folder import RunFolder
@@ -46,7 +54,7 @@ from omni_adapters.training.sources import identity, open_encoder, open_source
 from omni_adapters.training.trackers import open_trackers
 from omni_adapters.training.turns import Turns
 from omni_adapters.training.update import check_start, train_step
-from omni_adapters.training.validation import logits_of, loss_of, validate
+from omni_adapters.training.validation import COLUMNS, logits_of, loss_of, validate
 
 
 def options() -> argparse.ArgumentParser:
@@ -56,7 +64,7 @@ def options() -> argparse.ArgumentParser:
     add_data_options(parser)
     add_run_options(parser, steps=2000)
     tuned = parser.add_argument_group("what is tuned")
-    tuned.add_argument("--adapter", type=Path, required=True, help="what stage 1 saved")
+    tuned.add_argument("--adapter", type=Path, required=True, help="what stage 1, or an earlier stage 2, saved")
     tuned.add_argument("--rank", type=int, default=16, help="of LoRA")
     tuned.add_argument("--alpha", type=float, default=32.0, help="LoRA's update is scaled by alpha / rank")
     tuned.add_argument("--dropout", type=float, default=0.0, help="of what enters LoRA")
@@ -67,26 +75,31 @@ def options() -> argparse.ArgumentParser:
 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[OmniGPT, Turns]:
-    """The GPT with stage 1's ears, and LoRA that changes nothing yet."""
+    """The GPT with stage 1's ears and LoRA that changes nothing yet, or with the ears and LoRA of an earlier stage 2."""
     gpt, tokenizer = open_host(*host_of(args), device)
     turns = Turns(tokenizer, args.form, args.question)
     omni = OmniGPT.load_adapter(args.adapter, gpt, encoder=open_encoder(args.encoder, device))
     if omni.prepender.insert_at != turns.insert_at:
         raise BadInput("instruct", f"--form {args.form}, whose sound stands at {turns.insert_at}",
                        f"{omni.prepender.insert_at}, where {args.adapter} was trained to hear it", "take the form of stage 1")
-    torch.manual_seed(args.seed)
-    omni.add_lora(args.rank, args.alpha, args.dropout)
+    wanted = {"rank": args.rank, "alpha": args.alpha, "dropout": args.dropout, "rslora": False}
+    if not omni.lora():
+        omni.add_lora(args.rank, args.alpha, args.dropout, seed=args.seed)
+    elif lora_settings(omni.lora(), "instruct") != wanted:
+        raise BadInput("instruct", f"{args.adapter} with LoRA of {lora_settings(omni.lora(), 'instruct')}", f"that of {wanted}",
+                       "to train it on, give its own --rank, --alpha and --dropout")
     omni.projector.requires_grad_(args.projector_lr > 0)
     return omni, turns
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
+    check_ranges(args)
     omni, turns = build(args, ranks.device)
     source, unseen = open_source(args.train, omni.encoder), open_source(args.valid, omni.encoder)
     config = deciding(args, host=omni.description()["host"], encoder=identity(omni.encoder), train=source.identity,
                       valid=unseen.identity, adapter=digest(omni.trained()))
     order = Order(source.lens, max_tokens=args.max_tokens, seed=args.seed, num_groups=args.micro_batches)
-    check_start(order, (source, unseen), turns, ranks)
+    config["tokens"] = check_start(order, (source, unseen), turns, ranks, omni)
     folder = RunFolder(args.out, config, keep=args.keep)
     newest = ranks.share(folder.recover() if ranks.is_first else None)
     if ranks.is_first:
@@ -107,9 +120,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
             return loss_of(model(idx, targets, **{source.kind: sound})) * (targets != -1).sum()
         logits = logits_of(model(idx, **{source.kind: sound}))
         read_idx, read_targets = (t.to(ranks.device) for t in turns.batch(rows, read=True))
-        with torch.no_grad(), lora_disabled(omni.gpt):
-            teacher = logits_of(omni.prepender(read_idx))
-        to_teacher = distillation_loss(graded(logits, targets), graded(teacher, read_targets))
+        with teacher(omni):
+            read = logits_of(omni.prepender(read_idx))
+        to_teacher = distillation_loss(graded(logits, targets), graded(read, read_targets))
         return (1 - args.distill) * sum_of_losses(logits, targets) + args.distill * to_teacher
 
     with open_trackers(args.track if ranks.is_first else [], args.out, config) as track:
@@ -119,8 +132,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
                 track(row, row["step"])
 
         def check(step: int) -> None:
+            ends = step in (0, args.steps)  # in between, the transcript is not read again, and only the right sound answered
             result = validate(omni, unseen, turns, max_tokens=args.max_tokens, max_rows=args.validate_rows,
-                              max_answer=args.max_answer)
+                              max_answer=args.max_answer, columns=COLUMNS if ends else COLUMNS[:3],
+                              answered=COLUMNS if ends else COLUMNS[:1])
             log({"step": step, "validation": result})
             if ranks.is_first:
                 tqdm.write(f"step {step}\n{scoreboard(result)}")
@@ -133,11 +148,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         bar = tqdm(numbers, initial=place["step"], total=args.steps, desc="instruct", unit="step",
                    disable=None if ranks.is_first else True)  # None: shown on a terminal only
         for step, planned, batches in zip(bar, plan, shares):
-            torch.manual_seed(args.seed + step)  # dropout: the same after a kill as without one
             rate = warmup_cosine(step - 1, args.steps, math.ceil(args.warmup * args.steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-            row = train_step(model, omni, optimizer, turns, ranks, batches, micro_loss, clip=args.clip, bf16=args.bf16)
+            row = train_step(model, omni, optimizer, turns, ranks, batches, micro_loss, seeds=(args.seed, step), clip=args.clip,
+                             bf16=args.bf16)
             rows_crc32 = zlib.crc32(json.dumps(planned.groups).encode())  # which samples this step saw
             log({"step": step, "epoch": planned.epoch, "rate": rate, **row, "rows_crc32": rows_crc32})
             bar.set_postfix(loss=f"{row['loss']:.3f}")

@@ -21,7 +21,7 @@ from omni_adapters.training.sources import identity, open_encoder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for input that cannot be used."""
+    """Exit code 0, or 2 with one message on stderr for input that cannot be used: a line, and one for each bad clip."""
     args = parser().parse_args(arguments)
     try:
         args.run(args)
@@ -43,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the features (default %(default)s)")
     extract.add_argument("--batch-seconds", type=float, default=240.0, help="sound in an encoder batch (default %(default)s)")
     extract.add_argument("--max-seconds", type=float, default=600.0, help="longest clip to decode (default %(default)s)")
+    extract.add_argument("--skip-bad", action="store_true", help="store clips that cannot be encoded as skipped, with the "
+                         "reason, and go on; a folder begun without this keeps what is finished")
     extract.add_argument("--device", default="cpu", help="where Whisper runs (default %(default)s); cuda is cuda:LOCAL_RANK")
     extract.set_defaults(run=run_extract)
     return top
@@ -55,7 +57,7 @@ def run_extract(args: argparse.Namespace) -> None:
     encoder = open_encoder(args.encoder, device)
     out = write_shards(rows, encoder, args.out, description=identity(encoder), samples_per_shard=args.samples_per_shard,
                        dtype=DTYPES[args.dtype], batch_seconds=args.batch_seconds, max_seconds=args.max_seconds,
-                       rank=rank, num_ranks=num_ranks)
+                       on_bad="skip" if args.skip_bad else "refuse", rank=rank, num_ranks=num_ranks)
     if rank == 0:
         print(out)
 

@@ -415,9 +415,14 @@ def state_of(tensor: Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes; of sharded tensors all ranks together."""
+    """sha256 over names, dtypes, shapes and bytes; of sharded tensors all ranks together.
+
+    float16 and bfloat16 count as the float32 of the same value: nanochat holds in float32 on a CPU what it held in bfloat16
+    on CUDA, and an adapter fits both.
+    """
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

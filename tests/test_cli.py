@@ -71,6 +71,20 @@ def test_ranks_of_torchrun_share_the_work(manifest: Path, tmp_path: Path, monkey
     assert extract("shared") == alone
 
 
+def test_bad_clips_are_refused_together_or_skipped(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "0.wav").write_bytes(b"")
+    (tmp_path / "2.wav").unlink()
+    command = ["extract", "--manifest", str(manifest), "--encoder", "log_mel", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert "line 1: " in printed and "line 3: " in printed and "line 2: " not in printed and "--skip-bad" in printed
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--skip-bad"]) == 0 and "2 of them without frames" in capsys.readouterr().err
+    reader = ShardReader(tmp_path / "out", verify=True)
+    assert len(reader) == 1 and reader.row(0)["text"] == "tone 1"
+    assert [key for key, _ in reader.skipped] == ["000000000", "000000002"]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"--manifest": "missing.jsonl"}, "missing.jsonl"),
     ({"--encoder": "no/such/folder/here"}, "WhisperEncoder"),

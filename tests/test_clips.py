@@ -23,7 +23,7 @@ from omni_adapters import OmniGPT, Projector
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.clips import ClipSource, ManifestClips, loader
 from omni_adapters.data.collate import collate
-from omni_adapters.data.epochs import Order, deal
+from omni_adapters.data.epochs import Order, deal, fill
 from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import ManifestRow, read_manifest, write_manifest
 from omni_adapters.data.shards import ShardReader
@@ -98,8 +98,13 @@ def test_a_gpt_hears_the_same_from_both(clips, shards, encoder, gpt):
 
 
 def test_lens_follow_the_manifests_seconds(manifest, encoder):
-    rows = [ManifestRow(manifest[0].audio, "", seconds) for seconds in (0, 0.004, 0.016, 0.31, 599.999, 600)]
-    assert ManifestClips(rows, encoder).lens.tolist() == [1, 1, 2, 31, 60_000, 60_000]  # 100 frames a second
+    rows = [ManifestRow(manifest[0].audio, "", seconds) for seconds in (0, 0.31, 1, 1.344, 599.999, 600)]
+    assert ManifestClips(rows, encoder).lens.tolist() == [100, 100, 100, 134, 60_000, 60_000]  # 100 frames a second
+    unknown = [ManifestRow(manifest[0].audio, "", 0.0)] * 12_000
+    assert max(map(len, fill(range(12_000), ManifestClips(unknown, encoder).lens, 3000))) == 30, "no durations, no endless batch"
+    slow = LogMelEncoder()
+    slow.frame_rate = 0.1
+    assert ManifestClips(rows[:1], slow).lens.tolist() == [1]
     assert ManifestClips([ManifestRow("a.wav", "", 1e300)], encoder, max_seconds=float("inf")).lens[0] > 1e12, "no overflow"
 
 
@@ -122,7 +127,13 @@ def test_one_manifest_has_one_sha256(clips, shards, manifest, encoder, monkeypat
 
 def test_rows_may_be_changed_by_who_got_them(clips):
     clips.load_batch([0])[1][0]["speaker"]["id"] = 99
-    assert clips.load_batch([0])[1][0]["speaker"]["id"] == 0
+    clips.row(0)["speaker"]["id"] = 99
+    assert clips.load_batch([0])[1][0]["speaker"]["id"] == clips.row(0)["speaker"]["id"] == 0
+
+
+def test_rows_are_those_of_the_batches(clips, shards):
+    for source in (clips, shards):
+        assert [source.row(number) for number in (5, 0, 7)] == source.load_batch([5, 0, 7])[1]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -179,8 +190,10 @@ class Numbers:
             if number in self.refusals:
                 raise self.refusals[number]
         values = torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1, 1)
-        rows = [{"text": str(number), "pid": os.getpid()} for number in numbers]
-        return Features(values, torch.ones(len(numbers), dtype=torch.int64)), rows
+        return Features(values, torch.ones(len(numbers), dtype=torch.int64)), [self.row(number) for number in numbers]
+
+    def row(self, number):
+        return {"text": str(number), "pid": os.getpid()}
 
 
 def alike(left, right):
@@ -194,7 +207,7 @@ def alike(left, right):
 @pytest.mark.parametrize("name", ["clips", "shards"])
 def test_workers_change_nothing(name, request):
     source = request.getfixturevalue(name)
-    order = Order(source.lens, max_tokens=50, seed=3, num_groups=2)
+    order = Order(source.lens, max_tokens={"clips": 200, "shards": 50}[name], seed=3, num_groups=2)
     for rank, num_ranks in ((0, 1), (1, 2)):
         steps = [deal(step.groups, rank, num_ranks) for step in itertools.islice(order.steps(1, 1), 5)]
         expected = [[source.load_batch(numbers) for numbers in step] for step in steps]

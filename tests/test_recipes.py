@@ -251,7 +251,7 @@ def test_questions_and_answers_of_the_rows(corpus: Corpus, tmp_path: Path) -> No
     asked = [type(row)(row.audio, row.text, row.seconds, {"question": QUESTION, "answer": "ti"}) for row in rows]
     write_manifest(tmp_path / "asked.jsonl", asked)
     here("align", corpus.options(tmp_path / "run", "--train", str(tmp_path / "asked.jsonl"), "--steps", "8"))
-    source = Order([round(row.seconds * 100) for row in rows], max_tokens=220, seed=0, num_groups=1)
+    source = Order([max(100, round(row.seconds * 100)) for row in rows], max_tokens=220, seed=0, num_groups=1)
     for row, step in zip(steps_of(tmp_path / "run"), source.steps()):
         assert row["tokens"] == 2 * len(step.groups[0])
 
@@ -546,10 +546,20 @@ def test_words_the_gpt_does_not_know(corpus: Corpus, tmp_path: Path) -> None:
     rows = read_manifest(corpus.train.with_suffix(".jsonl"))
     strange = [*rows[:30], type(rows[30])(rows[30].audio, "do remi", rows[30].seconds), *rows[31:]]
     write_manifest(tmp_path / "strange.jsonl", strange)
-    refused("align", corpus.options(tmp_path / "run", "--train", str(tmp_path / "strange.jsonl")), "the word remi")
+    refused("align", corpus.options(tmp_path / "run", "--train", str(tmp_path / "strange.jsonl")), "row of .*: got the word remi")
+    assert not (tmp_path / "run").exists()
     write_manifest(tmp_path / "first.jsonl", strange[30:])
     refused("align", corpus.options(tmp_path / "early", "--train", str(tmp_path / "first.jsonl")), "the word remi")
     assert not (tmp_path / "early").exists()
+
+
+def test_rows_longer_than_the_gpt(corpus: Corpus, tmp_path: Path) -> None:
+    rows = read_manifest(corpus.train.with_suffix(".jsonl"))
+    endless = [*rows[:30], type(rows[30])(rows[30].audio, " ".join(["do"] * 1500), rows[30].seconds), *rows[31:]]
+    write_manifest(tmp_path / "endless.jsonl", endless)
+    refused("align", corpus.options(tmp_path / "run", "--train", str(tmp_path / "endless.jsonl")), "the GPT has")
+    refused("align", corpus.options(tmp_path / "run", "--valid", str(corpus.train)), "the same manifest as --train and --valid")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("change", "match"), [

@@ -37,7 +37,7 @@ from omni_adapters.training.turns import Turns
 from omni_adapters.training.update import check_start
 
 TOGETHER = ["--micro-batches", "2"]
-STAGE_2 = ["--lr", "3e-3", "--projector-lr", "1e-3"]
+STAGE_2 = ["--lr", "3e-3", "--projector-lr", "1e-3", "--dropout", "0.2"]
 # Sums of some hundred fp32 terms in another order differ by 1e-6 of their size, here of some nats, and so do updates of 1e-3.
 CLOSE = 1e-5
 PATIENCE = 30.0  # seconds in which a failed rank ends the others
@@ -136,7 +136,7 @@ def test_micro_batches_that_ranks_cannot_share_are_refused(corpus: Corpus) -> No
     for micro_batches in (1, 3):
         order = Order(ShardReader(corpus.train).lens, max_tokens=220, seed=0, num_groups=micro_batches)
         with pytest.raises(BadInput, match=f"--micro-batches {micro_batches} for 2 ranks; expected a multiple of 2"):
-            check_start(order, (), turns, Ranks(0, 2, torch.device("cpu")))
+            check_start(order, (), turns, Ranks(0, 2, torch.device("cpu")), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("soundfile")
 from omni_adapters.data import shard_format
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.epochs import plan_epoch
-from omni_adapters.data.extract import write_shards
+from omni_adapters.data.extract import _limit, write_shards
 from omni_adapters.data.manifest import ManifestRow, read_manifest, write_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.encoders.log_mel import LogMelEncoder
@@ -281,17 +284,205 @@ def test_a_changed_configuration_is_refused_and_nothing_overwritten(data, undist
         write(data, tmp_path / "begun", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "noise"])
-def test_bad_audio_is_named_by_its_line_and_leaves_nothing_half_written(tmp_path, damage):
-    rows = make_rows(tmp_path / "data")
-    bad = Path(rows[4].audio)
-    content = bad.read_bytes()
-    bad.unlink() if damage == "missing" else bad.write_bytes(content[:-20] if damage == "short" else b"noise")
-    with pytest.raises(BadInput, match=r"write_shards, manifest line 5, load_audio\('.*4\.wav'\): got a "):
+def lines_of(refusal):
+    """The lines that a refusal names, and their reasons."""
+    return dict(re.findall(r"\n  line (\d+): \S*\.wav, ([^\n]*)", str(refusal.value)))
+
+
+def test_all_bad_clips_are_told_of_before_anything_is_written(tmp_path):
+    rows = make_rows(tmp_path / "data", [*LENS, 12, 2])
+    contents_of = [Path(row.audio).read_bytes() for row in rows]
+    Path(rows[1].audio).unlink()
+    Path(rows[2].audio).write_bytes(b"")
+    Path(rows[4].audio).write_bytes(b"noise")
+    Path(rows[5].audio).write_bytes(contents_of[5][:-20])
+    Path(rows[6].audio).write_bytes(contents_of[6][:44])
+    rows[9] = ManifestRow(rows[9].audio, "", 11.0)
+    with pytest.raises(BadInput, match=r"write_shards: got 7 of 10 clips .* no longer than max_seconds = 10 ") as refusal:
+        write(rows, tmp_path / "out", max_seconds=10)
+    reasons = lines_of(refusal)
+    assert list(reasons) == ["2", "3", "5", "6", "7", "9", "10"] and not (tmp_path / "out").exists()
+    for line, words in {"2": "where there is no file", "3": "cannot be decoded", "5": "cannot be decoded", "6": "cut short",
+                        "9": "a file longer than 10 s", "10": "11 s by the manifest"}.items():
+        assert words in reasons[line]
+    for row, content in zip(rows, contents_of):
+        Path(row.audio).write_bytes(content)
+    assert len(ShardReader(write(rows, tmp_path / "out"))) == 10
+
+
+def test_of_many_bad_clips_twenty_are_named(tmp_path):
+    rows = [ManifestRow(str(tmp_path / f"{number}.wav"), "", 1.0) for number in range(23)]
+    with pytest.raises(BadInput, match=r"got 23 of 23 clips[^\n]*(\n  line [^\n]*){20}\n  and 3 more\.$"):
         write(rows, tmp_path / "out")
+
+
+def test_only_unfinished_clips_of_the_own_share_are_looked_at(tmp_path, capfd):
+    rows = make_rows(tmp_path / "data")
+    write(rows, tmp_path / "out", rank=0, num_ranks=3)
+    for number in (0, 4, 7):  # in shards 0, 1 and 2
+        Path(rows[number].audio).unlink()
+    write(rows, tmp_path / "out", rank=0, num_ranks=3, progress=True)
+    assert "1 of 1 shards already finished" in capfd.readouterr().err
+    with pytest.raises(BadInput, match="got 1 of 3 clips") as refusal:
+        write(rows, tmp_path / "out", rank=1, num_ranks=3)
+    assert list(lines_of(refusal)) == ["5"]
+
+
+def test_a_header_is_no_verdict(tmp_path):
+    """What the header gives wrong and decoding gives right is encoded: the data size that pipes write."""
+    rows = make_rows(tmp_path / "data", [3, 2])
+    content = bytearray(Path(rows[1].audio).read_bytes())
+    place = content.index(b"data") + 4
+    content[place:place + 4] = b"\xff\xff\xff\xff"
+    Path(rows[1].audio).write_bytes(content)
+    assert ShardReader(write(rows, tmp_path / "out", max_seconds=5)).lens.tolist() == [3, 2]
+
+
+class AtMost(CompanyEncoder):
+    """Takes clips of up to 7 s, and none with a 1.0 in it: the first can be told by lengths, the second cannot."""
+
+    def preprocess(self, waveforms):
+        for number, wave in enumerate(waveforms):
+            if len(wave) > 7000 or np.abs(np.asarray(wave)).max() > 0.99:
+                raise BadInput("preprocess", f"clip {number} of {len(wave) / 1000:g} s", "at most 7 s, and no 1.0")
+        return super().preprocess(waveforms)
+
+
+def test_clips_beyond_the_encoders_limit_are_told_of_before_anything_is_written(data, tmp_path):
+    with pytest.raises(BadInput, match="got 2 of 8 clips") as refusal:
+        write(data, tmp_path / "out", AtMost())
+    assert lines_of(refusal) == {line: f"a clip of {seconds} s, where preprocess expects at most 7 s, and no 1.0{stop}"
+                                 for line, seconds, stop in (("3", 8, ""), ("7", 9, "."))}
+    assert not (tmp_path / "out").exists()
+
+
+@given(lens=st.lists(st.integers(0, 50), max_size=20), most=st.integers(0, 50))
+def test_the_limit_is_found(lens, most):
+    class Limited(CompanyEncoder):
+        def preprocess(self, waveforms):
+            if len(waveforms[0]) > most:
+                raise BadInput("preprocess", "a clip", f"{most}")
+
+    longest, _ = _limit(Limited(), lens)
+    assert {n for n in lens if n > longest} == {n for n in lens if n > most}
+
+
+# --- skipping ---------------------------------------------------------------------------------------------------------
+
+def spoil(rows, number):
+    """A clip whose header is whole and whose encoder refuses it."""
+    seconds = rows[number].seconds
+    wave = np.zeros(int(seconds * 1000))
+    wave[5] = 1.0
+    save_audio(rows[number].audio, wave, 1000)
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """Rows with a clip that is too long (7 s is the most), one that is refused for its sound, one that does not decode."""
+    rows = make_rows(tmp_path / "data", [5, 3, 8, 1, 7, 2, 6, 4])
+    spoil(rows, 3)
+    Path(rows[4].audio).write_bytes(b"noise")
+    return rows
+
+
+def test_what_is_found_late_stops_the_run_or_is_skipped_and_nothing_finished_is_lost(tmp_path):
+    rows = make_rows(tmp_path / "data", [5, 3, 7, 1, 7, 2, 6, 4])
+    spoil(rows, 4)
+    with pytest.raises(BadInput, match=r'manifest line 5, preprocess: .* Go on with on_bad="skip" \(--skip-bad\), which keeps'):
+        write(rows, tmp_path / "out", AtMost())
     assert sorted(contents(tmp_path / "out")) == ["shard-000000.json", "shard-000000.tar"]
-    bad.write_bytes(content)
-    assert len(ShardReader(write(rows, tmp_path / "out"))) == 8
+    encoder = AtMost()
+    write(rows, tmp_path / "out", encoder, on_bad="skip")
+    assert contents(tmp_path / "out") == contents(write(rows, tmp_path / "fresh", AtMost(), on_bad="skip"))
+    assert encoder.calls == 2, "a batch of shard 1, one of shard 2, none of shard 0"
+    assert [key for key, _ in ShardReader(tmp_path / "out", verify=True).skipped] == ["000000004"]
+    with pytest.raises(BadInput, match=r"max_seconds None, on_bad None; expected max_seconds 600\.0, on_bad 'skip'"):
+        write(rows, tmp_path / "out", AtMost())
+    with pytest.raises(BadInput, match=r"max_seconds 20\.0; expected max_seconds 600\.0"):
+        write(rows, tmp_path / "out", AtMost(), on_bad="skip", max_seconds=20)
+
+
+def test_what_is_skipped_has_no_number(spoilt, tmp_path):
+    reader = ShardReader(write(spoilt, tmp_path / "out", AtMost(), on_bad="skip"), verify=True)
+    left = [0, 1, 5, 6, 7]
+    assert len(reader) == len(reader.lens) == 5 and reader.lens.tolist() == [5, 3, 2, 6, 4] and reader.config["num_samples"] == 8
+    for number, line in enumerate(left):
+        values, row = reader.read(number)
+        assert len(values) == reader.lens[number] and row == reader.row(number) and row["audio"] == f"{line}.wav"
+        assert "skipped" not in row
+    features, rows = reader.load_batch([4, 0])
+    assert features.lens.tolist() == [4, 5] and [row["text"] for row in rows] == ["clip 7 é", "clip 0 é"]
+    assert sorted(row["text"] for _, rows in batches(reader) for row in rows) == [f"clip {line} é" for line in left]
+    keys, reasons = zip(*reader.skipped)
+    assert keys == ("000000002", "000000003", "000000004")
+    assert reasons[0].startswith("clip 0 of 8 s; expected at most 7 s") and reasons[1].startswith("clip 0 of 1 s; expected")
+    assert "'4.wav'" in reasons[2] and str(tmp_path) not in reasons[2], "the place of the data set is not told"
+    with pytest.raises(IndexError):
+        reader.row(5)
+
+
+def test_what_shares_a_batch_with_a_bad_clip_is_encoded_alone(spoilt, tmp_path):
+    reader = ShardReader(write(spoilt, tmp_path / "out", AtMost(), on_bad="skip", dtype=torch.float32))
+    for number, line, is_alone in ((0, 0, False), (1, 1, False), (2, 5, True)):  # 0 and 1 make a batch, 3 and 5 did
+        encoder = AtMost()
+        alone = encoder(encoder.preprocess([load_audio(spoilt[line].audio, 1000)])).values[0]
+        assert torch.equal(reader.read(number)[0], alone) == is_alone
+
+
+def test_skipping_leaves_the_same_bytes_after_a_stop_with_any_ranks_and_from_any_place(spoilt, tmp_path):
+    alone = contents(write(spoilt, tmp_path / "alone", AtMost(), on_bad="skip"))
+    for rank in (2, 0, 1):
+        write(spoilt, tmp_path / "ranks", AtMost(), on_bad="skip", rank=rank, num_ranks=3)
+    assert contents(tmp_path / "ranks") == alone
+
+    class Stopping(AtMost):
+        def __call__(self, inputs):
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return super().__call__(inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(spoilt, tmp_path / "stopped", Stopping(), on_bad="skip")
+    assert not (tmp_path / "stopped" / "index.json").exists()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = [ManifestRow(row.audio.replace("data", "moved"), row.text, row.seconds, row.attributes) for row in spoilt]
+    assert contents(write(moved, tmp_path / "stopped", AtMost(), on_bad="skip")) == alone
+
+
+def test_without_bad_clips_skipping_changes_the_configuration_only(data, undisturbed, tmp_path):
+    out = write(data, tmp_path / "out", on_bad="skip")
+    mine, theirs = contents(out), contents(undisturbed)
+    assert {name for name in mine if mine[name] != theirs[name]} == {name for name in theirs if name.endswith(".json")}
+    assert ShardReader(out).skipped == ShardReader(undisturbed).skipped == []
+    changed = ShardReader(out).config
+    assert (changed.pop("on_bad"), changed.pop("max_seconds")) == ("skip", 600.0) and changed == ShardReader(undisturbed).config
+    assert ShardReader(write(data, tmp_path / "inf", on_bad="skip", max_seconds=float("inf"))).config["max_seconds"] is None
+
+
+def test_features_that_are_not_finite_are_skipped_and_a_wrong_form_is_not(data, tmp_path):
+    class Loud(CompanyEncoder):
+        def __call__(self, inputs):
+            values, lens = super().__call__(inputs)
+            return Features(values * torch.where(lens == 8, 1e6, 1.0).where(lens != 5, torch.nan)[:, None, None], lens)
+
+    reader = ShardReader(write(data, tmp_path / "out", Loud(), on_bad="skip"))
+    assert [key for key, _ in reader.skipped] == ["000000000", "000000002"]
+    assert "NaN" in reader.skipped[0][1] and "infinite in float16" in reader.skipped[1][1]
+
+    class Narrow(CompanyEncoder):
+        def __call__(self, inputs):
+            values, lens = super().__call__(inputs)
+            return Features(values[..., :2], lens)
+
+    with pytest.raises(BadInput, match="2 wide; expected width 3"):
+        write(data, tmp_path / "narrow", Narrow(), on_bad="skip")
+
+
+def test_a_folder_of_which_nothing_is_left_is_refused(tmp_path):
+    rows = [ManifestRow(str(tmp_path / "gone.wav"), "", 1.0)]
+    with pytest.raises(BadInput, match=r"where all 1 samples are skipped, 000000000 for a path where there is no file"):
+        ShardReader(write(rows, tmp_path / "out", on_bad="skip"))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -311,21 +502,14 @@ def test_an_encoder_that_misbehaves(data, tmp_path, change, message):
     assert contents(tmp_path / "out") == {}
 
 
-def test_what_the_encoder_refuses_is_named_by_line(data, tmp_path):
-    class Refusing(CompanyEncoder):
-        def preprocess(self, waveforms):
-            raise BadInput("preprocess", "clip 0 of 31 s", "at most 30 s")
-
-    with pytest.raises(BadInput, match="write_shards, manifest lines 2, 1 as one batch, preprocess: got clip 0 of 31 s"):
-        write(data, tmp_path / "out", Refusing())
-
-
 @pytest.mark.parametrize("change, message", [
     (dict(rows=[]), "got no manifest rows"),
     (dict(encoder=object()), "got an encoder of type object; expected an AudioEncoder"),
     (dict(rank=2, num_ranks=2), "got rank 2 of 2; expected 0 ≤ rank < num_ranks"),
     (dict(samples_per_shard=0), "got samples_per_shard 0; expected an integer ≥ 1"),
     (dict(dtype=torch.int8), "got dtype torch.int8; expected float16, bfloat16, float32"),
+    (dict(on_bad="drop"), "got on_bad 'drop'; expected 'refuse' or 'skip'"),
+    (dict(on_bad="skip", rows=[ManifestRow("a.wav", "", 1.0, {"skipped": 1})]), "manifest line 1: got a key 'skipped'"),
     (dict(batch_seconds=0), "got batch_seconds 0 and max_seconds 600"),
     (dict(description={"a": (1, 2)}), r"got a description, where 'a' is \(1, 2\) \(tuple\); .* Make lists of tuples"),
     (dict(description={"a": float("nan")}), "got a description, where 'a' is nan"),
@@ -472,7 +656,26 @@ def test_a_sample_without_frames(tmp_path):
             return Features(features.values, features.lens.where(features.lens > 4, 0))
 
     reader = ShardReader(write(make_rows(tmp_path / "data"), tmp_path / "out", Deaf()))
-    assert sorted(features.lens.tolist() for features, _ in batches(reader, 2)) == [[0, 0], [0, 0], [5], [7], [8], [9]]
+    assert sorted(features.lens.tolist() for features, _ in batches(reader, 2)) == [[5], [7], [8], [9]]
+    assert reader.skipped == [(f"{number:09d}", "no frames") for number in (1, 3, 5, 7)]
+
+
+def test_rows_are_read_without_values(undisturbed, folder):
+    reader = ShardReader(undisturbed)
+    assert [reader.row(number) for number in range(8)] == [reader.read(number)[1] for number in range(8)]
+    looking = ShardReader(folder)
+    content = bytearray((folder / "shard-000000.tar").read_bytes())
+    content[-1500] ^= 1  # in the values of the shard's last sample
+    (folder / "shard-000000.tar").write_bytes(content)
+    assert [looking.row(number) for number in range(8)] == [reader.row(number) for number in range(8)]
+    with pytest.raises(BadInput, match="with sha256"):
+        looking.read(0)
+    (folder / "shard-000000.tar").write_bytes(b"\0" * len(content))
+    with pytest.raises(BadInput, match="a sample 000000001 that does not read"):
+        looking.row(1)
+    (folder / "shard-000000.tar").unlink()
+    with pytest.raises(BadInput, match="which is missing"):
+        looking.row(1)
 
 
 def test_a_batch_is_padded_to_its_longest(undisturbed):

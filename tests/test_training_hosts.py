@@ -160,6 +160,25 @@ def test_only_the_answer_is_graded(rows: list[dict[str, str]], read: bool) -> No
         assert ids[: graded[0] + 1] == (turns.reading(row) if read else turns.prompt(row))
 
 
+def test_null_is_no_answer_and_a_list_is_none() -> None:
+    turns = Turns(WordTokenizer(WORDS), question="what")
+    row = {"audio": "a.wav", "text": "turn left", "answer": None, "question": None}
+    assert turns.answer(row) == [*words("turn left"), ASSISTANT_END]
+    assert turns.prompt(row)[2:-2] == words("what")
+    with pytest.raises(BadInput, match=r"row of a\.wav: got answer = \['now'\]; expected a text"):
+        turns.batch([{**row, "answer": ["now"]}])
+    with pytest.raises(BadInput, match=r"row of a\.wav: got the word shout"):
+        turns.batch([{**row, "text": "shout"}])
+
+
+def test_a_transcript_does_not_stick_to_the_question() -> None:
+    class Letters(WordTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [100 + ord(letter) for letter in text]
+
+    assert Turns(Letters(WORDS)).reading({"text": "ab", "question": "c"})[2:-2] == [100 + ord(letter) for letter in "ab\nc"]
+
+
 def test_the_reference_host_of_the_other_tests_has_no_words() -> None:
     with pytest.raises(BadInput, match="for a vocabulary of"):
         save_reference("unused", reference(), WORDS[:2])

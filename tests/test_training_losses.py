@@ -3,7 +3,7 @@
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni_adapters.shapes import BadInput, MissingExtra
-from omni_adapters.training.distill import distillation_loss, graded, num_graded, sum_of_losses
+from omni_adapters.training.distill import distillation_loss, graded, sum_of_losses
 from omni_adapters.training.pictures import draw_pca, draw_run, principal_components
 from omni_adapters.training.schedule import warmup_cosine
 from omni_adapters.training.trackers import PROJECT, flat, open_trackers
@@ -58,6 +58,11 @@ def test_nothing_flows_into_the_teacher_and_equal_logits_cost_nothing() -> None:
     assert distillation_loss(student, student).item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_logits_of_the_last_token_only_cannot_be_graded() -> None:
+    with pytest.raises(BadInput, match=r"logits \(2, 1, 5\) for targets \(2, 4\)"):
+        graded(torch.zeros(2, 1, 5), torch.zeros(2, 4, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("shapes", [((2, 3), (3, 3)), ((2, 3, 4), (2, 3, 4))])
 def test_distillation_refuses_other_shapes(shapes: Any) -> None:
     with pytest.raises(BadInput, match="num_graded, vocab_size"):
@@ -69,7 +74,6 @@ def test_distillation_refuses_other_shapes(shapes: Any) -> None:
 def test_graded_rows_and_their_loss() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 4, 5), torch.tensor([[-1, 2, 3, -1], [-1, -1, 0, 4]])
-    assert num_graded(targets) == 4
     assert torch.equal(graded(logits, targets), torch.stack([logits[0, 1], logits[0, 2], logits[1, 2], logits[1, 3]]))
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
     assert torch.allclose(sum_of_losses(logits, targets), plain)
@@ -138,6 +142,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
         return module.runs[-1]
 
     module.init = init
+    module.api = SimpleNamespace(api_key=None)
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -153,7 +158,7 @@ def test_wandb_gets_numbers_by_their_paths_and_works_offline(wandb: Any, tmp_pat
 
 
 def test_an_unreachable_wandb_goes_offline(wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k")
+    wandb.api.api_key = "k"
     with open_trackers(["wandb"], tmp_path / "run", {"unreachable": True}):
         pass
     assert [run.settings["mode"] for run in wandb.runs] == ["offline"]

@@ -44,6 +44,9 @@ class Memory:
     def load_batch(self, numbers: Any) -> tuple[Features, list[dict[str, Any]]]:
         return pad_rows([self.clips[number] for number in numbers]), [self.rows[number] for number in numbers]
 
+    def row(self, number: int) -> dict[str, Any]:
+        return self.rows[number]
+
 
 def omni(lora: bool = False) -> tuple[OmniGPT, Turns]:
     torch.manual_seed(0)
@@ -101,7 +104,7 @@ def test_validation_repeats_and_leaves_the_mode_as_it_was() -> None:
     assert whole.training and torch.equal(torch.get_rng_state(), before)
     assert set(first["right"]) == {"loss", "exact_match", "word_accuracy"}
     assert len(first["samples"]) == 6 and "right is" in scoreboard(first)
-    short = validate(whole, source, turns, max_tokens=30, answers=False, columns=("right",))
+    short = validate(whole, source, turns, max_tokens=30, answered=(), columns=("right",))
     assert set(short) == {"right", "samples"} and set(short["right"]) == {"loss"}
 
 
@@ -112,7 +115,7 @@ def test_blank_is_the_encoders_silence_and_nothing_of_the_clip() -> None:
     assert torch.equal(quiet.values[1, :5], expected.values[0, :5]) and quiet.lens.tolist() == [12, 5]
     one, other = Memory([12, 9], seed=1), Memory([12, 9], seed=2)
     other.rows = one.rows
-    scores = [validate(whole, source, turns, max_tokens=100, answers=False)["blank"] for source in (one, other)]
+    scores = [validate(whole, source, turns, max_tokens=100, answered=())["blank"] for source in (one, other)]
     assert scores[0] == scores[1]
 
 
@@ -127,6 +130,7 @@ def test_nobody_is_left_alone(seed: int, num_samples: int, max_tokens: int, max_
     flat = sorted(number for numbers in found for number in numbers)
     assert len(flat) == len(set(flat)) == min(len(lens), max_rows)
     assert all(len(numbers) > 1 for numbers in found)
+    assert all(len(numbers) <= 3 or len(numbers) * max(lens[n] for n in numbers) <= max_tokens for numbers in found)
 
 
 def test_one_sample_is_refused() -> None:

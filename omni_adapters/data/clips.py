@@ -38,7 +38,7 @@ _Item = TypeVar("_Item")
 class ClipSource(Protocol):
     """Clips by number, 0 ≤ number < len(source), with what was said in them. `ShardReader` and `ManifestClips` are ones.
 
-    lens:     (num_samples,) int64, feature frames of each clip, or a stand-in for them: what batches are planned by.
+    lens:     (len(source),) int64, feature frames of each clip, or a stand-in for them: what batches are planned by.
     identity: JSON values that decide the data. Equal identities, equal data: a run keeps it to refuse data that changed.
     kind:     the keyword of `OmniGPT.forward` that the sound goes to.
     """
@@ -56,6 +56,10 @@ class ClipSource(Protocol):
         """The clips with these numbers: their sound, and a dict for each with audio, text, seconds and its attributes."""
         ...
 
+    def row(self, number: int) -> dict[str, Any]:
+        """The dict that `load_batch` gives beside this clip's sound, without the sound: all texts are looked at in no time."""
+        ...
+
     def __len__(self) -> int: ...
 
 
@@ -65,7 +69,8 @@ class ManifestClips:
     rows:        as `read_manifest` returns them.
     encoder:     only its `preprocess` runs here; `load_batch` gives that one's Features.
     max_seconds: longest clip to decode.
-    lens:        round(seconds × encoder.frame_rate), at least 1: the manifest's word, no file is opened for it.
+    lens:        round(max(seconds, 1) × encoder.frame_rate), at least 1: the manifest's word, no file is opened for it.
+                 The floor of one second keeps a manifest that says 0 from putting thousands of clips into one batch.
 
     The identity names the rows, not the samples in the audio files, which are not hashed.
     Refused with `BadInput`, by manifest line (that of a manifest without blank lines): seconds beyond max_seconds, rows
@@ -83,15 +88,20 @@ class ManifestClips:
             "frame_rate": float(encoder.frame_rate), "sampling_rate": int(encoder.sampling_rate)}
         seconds = np.array([row.seconds for row in self.rows], dtype=np.float64)
         _check_seconds(seconds, max_seconds)
-        self.lens: npt.NDArray[np.int64] = np.rint(seconds * encoder.frame_rate).clip(1, MAX_LEN).astype(np.int64)
+        frames = np.rint(np.maximum(seconds, 1.0) * encoder.frame_rate)
+        self.lens: npt.NDArray[np.int64] = frames.clip(1, MAX_LEN).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def load_batch(self, numbers: Sequence[int]) -> Batch:
         """What encoder.preprocess makes of these clips, and their rows, audio told from the folder that holds all of it."""
-        rows = [portable_row("ManifestClips", number, self.rows[number], self.folder) for number in numbers]
+        rows = [self.row(number) for number in numbers]
         return load_inputs("ManifestClips", self.rows, numbers, self.encoder, self.max_seconds), rows
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Row `number` as `load_batch` gives it; no file is opened."""
+        return portable_row("ManifestClips", number, self.rows[number], self.folder)
 
 
 def load_inputs(where: str, rows: Sequence[ManifestRow], numbers: Sequence[int], encoder: AudioEncoder,
@@ -133,7 +143,7 @@ def loader(source: ClipSource, batches: Iterable[list[list[int]]], *, num_worker
     """
     if not isinstance(source, ClipSource):
         raise BadInput("loader", f"a source of type {type(source).__name__}", "a ClipSource",
-                       "it needs lens, identity, kind, load_batch and len()")
+                       "it needs lens, identity, kind, load_batch, row and len()")
     if isinstance(num_workers, bool) or not (isinstance(num_workers, int) and num_workers >= 0):
         raise BadInput("loader", f"num_workers {num_workers!r}", "an integer ≥ 0")
     steps: DataLoader[Any] = DataLoader(_StepsOf(source), batch_size=None, sampler=batches, num_workers=num_workers,

@@ -5,24 +5,32 @@ Notable:
   of an undisturbed one.
 - A shard is finished when its sidecar and its sha256 say so; index.json is written last, so a folder that has one is
   complete. The form of the files is `shard_format`'s.
+- Bad clips are looked for before work is done, by their headers, and told of all at once. What only decoding or encoding
+  shows can be skipped: stored without frames, beside the reason.
 - Memory is bounded by a shard.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from omni_adapters.data.audio import load_audio
 from omni_adapters.data.clips import at_lines, check_encoder, load_inputs
 from omni_adapters.data.epochs import check_rank, fill
 from omni_adapters.data.manifest import ManifestRow, common_folder, manifest_lines, manifest_sha256, portable_row
@@ -45,14 +53,20 @@ from omni_adapters.data.shard_format import (
     tar_name,
 )
 from omni_adapters.encoders.protocol import AudioEncoder
-from omni_adapters.features import check_form, check_values
+from omni_adapters.features import Features, check_form, check_values
 from omni_adapters.files import UNFINISHED, json_bytes, json_object, json_values, write_whole
-from omni_adapters.shapes import BadInput, listing
+from omni_adapters.shapes import BadInput, MissingExtra, listing
+
+_USUAL_RATES = (8_000, 48_000)  # Hz; what load_audio takes at other rates, it says itself
+_LOOKS = 20_000  # files looked at for one line of progress
+_THREADS = 8
+_MOST = 20  # bad clips that a refusal tells of one by one
 
 
 def write_shards(manifest_rows: Sequence[ManifestRow], encoder: AudioEncoder, out: str | os.PathLike[str], *,
                  description: dict[str, Any], samples_per_shard: int = 256, dtype: torch.dtype = torch.float16,
-                 batch_seconds: float = 240.0, max_seconds: float = 600.0, rank: int = 0, num_ranks: int = 1,
+                 batch_seconds: float = 240.0, max_seconds: float = 600.0,
+                 on_bad: Literal["refuse", "skip"] = "refuse", rank: int = 0, num_ranks: int = 1,
                  progress: bool = True) -> Path:
     """Encode every row's audio and write the features to shards in folder `out`, which is created and returned.
 
@@ -61,33 +75,144 @@ def write_shards(manifest_rows: Sequence[ManifestRow], encoder: AudioEncoder, ou
     batch_seconds: an encoder batch holds clips × the longest, as the manifest gives their seconds, up to this much; it
                    may change between runs, and features then agree as far as the encoder's rounding goes.
     max_seconds:   longest clip to decode.
+    on_bad:        "skip" stores a clip that cannot be decoded, that the encoder refuses, or whose features are not finite in
+                   `dtype` without frames (T = 0), the reason under "skipped" in its row; the others of its batch are then
+                   encoded alone. `ShardReader` numbers only what has frames. A folder begun with "refuse" goes on with
+                   "skip", and keeps what is finished; there is no way back.
     rank:          writes the shards s with s % num_ranks == rank; the last rank to finish writes index.json. The number
                    of ranks may change between runs.
 
-    Run again, it skips shards that are finished and whole by their sha256, and rebuilds all others. Audio files are not
-    hashed: give edited audio another folder. A dropout layer in the encoder must be in eval mode.
+    Run again, it passes over shards that are finished and whole by their sha256, and rebuilds all others. Audio files are
+    not hashed: give edited audio another folder. A dropout layer in the encoder must be in eval mode.
 
-    Refused with `BadInput`: a folder begun with another manifest, description, encoder shape, dtype or
-    samples_per_shard, before anything is written; audio that does not load and features that are not finite in `dtype`,
-    by manifest line (that of a manifest without blank lines), before anything of that shard is written.
+    Refused with `BadInput`: a folder begun with another manifest, description, encoder shape, dtype, samples_per_shard (or,
+    when skipping, max_seconds), before anything is written. With "refuse", also before anything is written, all of this
+    rank's unfinished clips that a look at their header shows to be bad, by manifest line (that of a manifest without blank
+    lines): missing, unreadable, empty, cut short, longer than max_seconds or than the encoder takes. Then, before anything
+    of their shard is written, clips that decoding or encoding shows to be bad.
     """
     check_rank("write_shards", rank, num_ranks)
     config = _config(manifest_rows, encoder, description, samples_per_shard, dtype)
     if not (batch_seconds > 0 and max_seconds > 0):
         raise BadInput("write_shards", f"batch_seconds {batch_seconds} and max_seconds {max_seconds}", "positive numbers")
+    config |= _skip_config(manifest_rows, on_bad, max_seconds)
     audio_folder = common_folder("write_shards", manifest_rows)
     writer = _Writer(manifest_rows, encoder, Path(out), config, batch_seconds, max_seconds, audio_folder)
     writer.check_folder()
     own = range(rank, num_shards(config), num_ranks)
     writer.sweep([*map(tar_name, own), *map(sidecar_name, own), *([INDEX_NAME] if num_ranks == 1 else [])])
-    for done, number in enumerate(own, start=1):
-        began = time.monotonic()
-        state = "already finished" if writer.finished(number) else writer.build(number)
-        if progress:
-            print(f"write_shards: {tar_name(number)} ({done} of {len(own)} for rank {rank}): {state}, "
-                  f"{time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    say = _Progress(f"for rank {rank}", progress)
+    todo = [number for number in own if not writer.finished(number)]
+    if len(todo) < len(own):
+        say(f"{len(own) - len(todo)} of {len(own)} shards already finished")
+    if on_bad == "refuse":
+        _refuse_bad(manifest_rows, [row for number in todo for row in row_numbers(config, number)], encoder, max_seconds, say)
+    writer.out.mkdir(parents=True, exist_ok=True)
+    for done, number in enumerate(todo, start=1):
+        say(f"{tar_name(number)} ({done} of {len(todo)}): {writer.build(number)}")
     writer.write_index()
     return writer.out
+
+
+class _Progress:
+    """A line on stderr for each step, with the seconds since the one before."""
+
+    def __init__(self, who: str, wanted: bool) -> None:
+        self.who, self.wanted, self.began = who, wanted, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        before, self.began = self.began, time.monotonic()
+        if self.wanted:
+            print(f"write_shards {self.who}: {what}, {self.began - before:.1f} s", file=sys.stderr, flush=True)
+
+
+# --- looking for bad clips ---------------------------------------------------------------------------------------------
+
+def _refuse_bad(rows: Sequence[ManifestRow], numbers: Sequence[int], encoder: AudioEncoder, max_seconds: float,
+                say: _Progress) -> None:
+    """Refuse those of these rows that a look shows to be bad, all in one message."""
+    looks = _look_at({rows[number].audio for number in numbers}, encoder.sampling_rate, max_seconds, say)
+    longest, complaint = _limit(encoder, [samples for samples, bad in looks.values() if not bad])
+    faults = {}
+    for number in numbers:
+        row, (samples, bad) = rows[number], looks[rows[number].audio]
+        if row.seconds > max_seconds:
+            bad = bad or f"{row.seconds:g} s by the manifest, more than max_seconds = {max_seconds:g}"
+        elif samples > longest:
+            bad = bad or f"a clip of {samples / encoder.sampling_rate:g} s, {complaint}"
+        if bad:
+            faults[number] = bad
+    if faults:
+        lines = [f"\n  line {number + 1}: {rows[number].audio}, {bad}" for number, bad in list(faults.items())[:_MOST]]
+        more = f"\n  and {len(faults) - _MOST} more" if len(faults) > _MOST else ""
+        raise BadInput("write_shards", f"{len(faults)} of {len(numbers)} clips that cannot be encoded",
+                       f"audio that opens, has samples, and is no longer than max_seconds = {max_seconds:g} and what the "
+                       "encoder takes", "repair these files, leave their lines out if no shard is written yet, or go on with "
+                       f'on_bad="skip" (--skip-bad). By manifest line:{"".join(lines)}{more}')
+
+
+def _look_at(paths: set[str], sampling_rate: int, max_seconds: float, say: _Progress) -> dict[str, tuple[int, str]]:
+    """Path → `_look`. Opening files is waiting, on network drives above all: threads wait together."""
+    ordered = sorted(paths)
+    looks: dict[str, tuple[int, str]] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for first in range(0, len(ordered), _LOOKS):
+            some = ordered[first:first + _LOOKS]
+            looks.update(zip(some, pool.map(lambda path: _look(path, sampling_rate, max_seconds), some)))
+            say(f"looked at {len(looks)} of {len(ordered)} audio files")
+    return looks
+
+
+def _look(path: str, sampling_rate: int, max_seconds: float) -> tuple[int, str]:
+    """(samples at the encoder's rate, what is wrong or ""). Nobody is condemned by a header: where that looks odd,
+    `load_audio` decodes the file and decides."""
+    try:
+        soundfile = import_module("soundfile")
+    except ImportError as error:
+        raise MissingExtra("write_shards", "soundfile", "audio") from error
+    try:
+        with soundfile.SoundFile(path) as file:
+            usual = _USUAL_RATES[0] <= file.samplerate <= _USUAL_RATES[1] and "should be" not in file.extra_info
+            if usual and 0 < file.frames <= max_seconds * file.samplerate:
+                return file.frames * sampling_rate // file.samplerate, ""
+    except (RuntimeError, TypeError, OSError):  # load_audio has words for it
+        pass
+    try:
+        return len(load_audio(path, sampling_rate, max_seconds=max_seconds)), ""
+    except BadInput as error:
+        return 0, error.came
+
+
+def _limit(encoder: AudioEncoder, lens: Sequence[int]) -> tuple[float, str]:
+    """The most samples, of these numbers, that encoder.preprocess takes, and what it says of more; infinity if it takes all.
+
+    It is asked with a quiet tone of a few of these lengths. An encoder that refuses a length refuses longer ones.
+    """
+    complaints: dict[int, str] = {}
+
+    def refuses(samples: int) -> bool:
+        try:
+            with torch.no_grad():
+                encoder.preprocess([np.sin(np.arange(samples, dtype=np.float32)) / 10])
+        except BadInput as error:
+            complaints[samples] = f"where {error.where} expects {error.expected}"
+        return samples in complaints
+
+    ordered = sorted({samples for samples in lens if samples > 0})
+    if not ordered or not refuses(ordered[-1]):
+        return math.inf, ""
+    first = bisect_left(ordered, True, key=refuses)
+    return (ordered[first - 1] if first else 0), complaints[ordered[first]]
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+class _Encoded(NamedTuple):
+    """What a clip became: T frames as safetensors; why there are none, if it is skipped."""
+
+    T: int
+    values: bytes
+    skipped: str = ""
 
 
 @dataclass
@@ -101,22 +226,25 @@ class _Writer:
     audio_folder: str
 
     def check_folder(self) -> None:
-        """Make the folder; refuse one that holds anything made from something else."""
+        """Refuse a folder that holds anything made from something else."""
         if self.out.exists() and not self.out.is_dir():
             raise BadInput("write_shards", f"{self.out}, which is a file", "a folder to write to")
-        self.out.mkdir(parents=True, exist_ok=True)
         for path in sorted([*self.out.glob("shard-*.json"), *self.out.glob(INDEX_NAME)]):
             self.read_json(path)
 
     def read_json(self, path: Path) -> dict[str, Any] | None:
-        """A sidecar or the index; None where it is absent or damaged, refused where its configuration is another."""
+        """A sidecar or the index; None where it is absent or damaged, refused where its configuration is another.
+
+        What was made without skipping has nothing to skip: a writer that skips takes it over.
+        """
         try:
             content = json_object("write_shards", str(path), path.read_bytes())
             theirs = dict(content["config"])
         except (FileNotFoundError, *MALFORMED):
             return None
         fields = [name for name in {**self.config, **theirs} if self.config.get(name) != theirs.get(name)]
-        if fields:
+        taken_over = self.skips() and "on_bad" not in theirs and set(fields) <= {"on_bad", "max_seconds"}
+        if fields and not taken_over:
             raise BadInput("write_shards", _settings(fields, self.config), f"{_settings(fields, theirs)}, as {path} has it",
                            "choose another folder, or delete this one to start over")
         return content
@@ -142,16 +270,24 @@ class _Writer:
         if shard is None:
             return False
         with open(self.out / shard.name, "rb") as file:
-            return file_sha256(file) == shard.sha256
+            whole = file_sha256(file) == shard.sha256
+        if whole:
+            self.write_sidecar(number, shard)  # one that was taken over still holds the configuration it was made with
+        return whole
 
     def build(self, number: int) -> str:
         """Encode and write one shard, the sidecar after the tar; returns a phrase for the progress line."""
         content, samples = pack(self.members(number))
         shard = Shard(tar_name(number), hashlib.sha256(content).hexdigest(), len(content), samples)
         write_whole("write_shards", self.out / shard.name, content, sweep=False)  # `sweep` has done it, for all shards
-        sidecar = json_bytes({"config": self.config, "shard": plain(shard)})
-        write_whole("write_shards", self.out / sidecar_name(number), sidecar, sweep=False)
-        return f"{len(samples)} samples, {len(content) / 1e6:.1f} MB"
+        self.write_sidecar(number, shard)
+        empty = sum(not sample.T for sample in samples)
+        return f"{len(samples)} samples,{f' {empty} of them without frames,' if empty else ''} {len(content) / 1e6:.1f} MB"
+
+    def write_sidecar(self, number: int, shard: Shard) -> None:
+        content, path = json_bytes({"config": self.config, "shard": plain(shard)}), self.out / sidecar_name(number)
+        if not (path.is_file() and path.read_bytes() == content):
+            write_whole("write_shards", path, content, sweep=False)
 
     def members(self, number: int) -> list[Member]:
         """A shard's samples, in order of keys.
@@ -161,28 +297,73 @@ class _Writer:
         numbers = row_numbers(self.config, number)
         # A floor of one second: a manifest that says 0 must not put a whole shard into one batch.
         costs = {row: max(self.rows[row].seconds, 1.0) for row in numbers}
-        encoded: dict[int, tuple[int, bytes]] = {}
+        encoded: dict[int, _Encoded] = {}
         for batch in fill(sorted(numbers, key=lambda row: (costs[row], row)), costs, self.batch_seconds):
             encoded.update(zip(batch, self.encode(batch)))
-        return [Member(sample_key(row), self.row_json(row), *encoded[row]) for row in numbers]
+        return [Member(sample_key(row), self.row_json(row, skipped), steps, values)
+                for row, (steps, values, skipped) in ((row, encoded[row]) for row in numbers)]
 
-    def row_json(self, row: int) -> bytes:
-        return json_bytes(portable_row("write_shards", row, self.rows[row], self.audio_folder))
+    def portable(self, row: int) -> dict[str, Any]:
+        return portable_row("write_shards", row, self.rows[row], self.audio_folder)
 
-    def encode(self, batch: list[int]) -> list[tuple[int, bytes]]:
-        """(T, safetensors) of the rows with these numbers, encoded together."""
+    def row_json(self, row: int, skipped: str) -> bytes:
+        return json_bytes(self.portable(row) | ({"skipped": skipped} if skipped else {}))
+
+    def skips(self) -> bool:
+        return self.config.get("on_bad") == "skip"
+
+    def encode(self, batch: list[int]) -> list[_Encoded]:
+        """The rows with these numbers, encoded together; an encoder that returns another form is refused in any case."""
+        try:
+            features = self.features(batch)
+        except BadInput as error:
+            return self.apart(batch, error)
+        self.check(batch, features)
+        try:
+            lens = self.lens(batch, features)
+            return [_Encoded(steps, self.stored(row, values[:steps])) for row, values, steps in zip(batch, features.values, lens)]
+        except BadInput as error:
+            return self.apart(batch, error)
+
+    def apart(self, batch: list[int], error: BadInput) -> list[_Encoded]:
+        """A batch that is refused for `error`, without those of its clips that are refused alone. What shares a batch is
+        fixed, and so is what is refused: the bytes follow from the shard's rows."""
+        if not self.skips():
+            ways = [error.todo, 'go on with on_bad="skip" (--skip-bad), which keeps what is finished']
+            raise BadInput(error.where, error.came, error.expected, "; or ".join(filter(None, ways))) from error
+        if len(batch) > 1:
+            return [one for row in batch for one in self.encode([row])]
+        row, here = batch[0], self.portable(batch[0])["audio"]
+        reason = f"{error.came}; expected {error.expected}"
+        for there, name in ((repr(self.rows[row].audio), repr(here)), (self.rows[row].audio, here)):
+            reason = reason.replace(there, name)  # soundfile tells the path: the place of a data set does not count
+        nothing = torch.zeros(0, self.config["d_model"], dtype=DTYPES[self.config["dtype"]])
+        return [_Encoded(0, save_tensors({"values": nothing}), reason)]
+
+    def features(self, batch: list[int]) -> Features:
         inputs = load_inputs("write_shards", self.rows, batch, self.encoder, self.max_seconds)
         try:
             with torch.no_grad():
-                features = self.encoder(inputs)
-            check_form("encoder", features, width=self.config["d_model"])
-            lens = check_values("encoder", features)
+                return self.encoder(inputs)
         except BadInput as error:
             raise at_lines("write_shards", batch, error) from error
-        if len(lens) != len(batch):
-            raise BadInput(f"write_shards, {manifest_lines(batch)}", f"{len(lens)} rows of features", f"{len(batch)}",
+
+    def check(self, batch: list[int], features: Features) -> None:
+        """Refuse features of another form than an encoder returns: no clip is to blame."""
+        try:
+            check_form("encoder", features, width=self.config["d_model"])
+        except BadInput as error:
+            raise at_lines("write_shards", batch, error) from error
+        if len(features.lens) != len(batch):
+            raise BadInput(f"write_shards, {manifest_lines(batch)}", f"{len(features.lens)} rows of features", f"{len(batch)}",
                            "an encoder returns one row per clip")
-        return [(steps, self.stored(row, values[:steps])) for row, values, steps in zip(batch, features.values, lens)]
+
+    def lens(self, batch: list[int], features: Features) -> list[int]:
+        """The clips' frames T; NaN and infinity are refused."""
+        try:
+            return check_values("encoder", features)
+        except BadInput as error:
+            raise at_lines("write_shards", batch, error) from error
 
     def stored(self, row: int, values: Tensor) -> bytes:
         """(T, d) → safetensors bytes in the chosen dtype."""
@@ -215,6 +396,20 @@ def _config(rows: Sequence[ManifestRow], encoder: AudioEncoder, description: dic
             "d_model": int(encoder.d_model), "frame_rate": float(encoder.frame_rate),
             "sampling_rate": int(encoder.sampling_rate), "dtype": names[0], "samples_per_shard": samples_per_shard,
             "num_samples": len(rows), "manifest_sha256": manifest_sha256("write_shards", rows)}
+
+
+def _skip_config(rows: Sequence[ManifestRow], on_bad: str, max_seconds: float) -> dict[str, Any]:
+    """What skipping adds to the configuration: nothing where nothing is skipped. max_seconds then decides what is; None is
+    no limit."""
+    if on_bad not in ("refuse", "skip"):
+        raise BadInput("write_shards", f"on_bad {on_bad!r}", "'refuse' or 'skip'")
+    if on_bad == "refuse":
+        return {}
+    taken = [number for number, row in enumerate(rows) if "skipped" in row.attributes]
+    if taken:
+        raise BadInput(f"write_shards, {manifest_lines(taken)}", "a key 'skipped' in the row", "rows without that key",
+                       "it tells why a clip was skipped; rename it")
+    return {"on_bad": on_bad, "max_seconds": float(max_seconds) if math.isfinite(max_seconds) else None}
 
 
 def _settings(fields: Sequence[str], config: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 Notable:
 - Nothing is trained on that the index does not vouch for: sha256 per shard, name, shape and dtype per sample.
+- Numbers go to samples that have frames. What was skipped when it was written (T = 0) has none, and is listed apart.
 - Memory is bounded by a batch. The form of the files is `shard_format`'s.
 """
 
@@ -27,6 +28,7 @@ from omni_adapters.data.shard_format import (
     FORMAT_VERSION,
     INDEX_NAME,
     MALFORMED,
+    Sample,
     Shard,
     file_sha256,
     index_values,
@@ -35,22 +37,24 @@ from omni_adapters.data.shard_format import (
     unpack,
 )
 from omni_adapters.features import pad_rows
-from omni_adapters.files import json_bytes
+from omni_adapters.files import json_bytes, json_object
 from omni_adapters.shapes import BadInput, listing, shape
 
 
 class ShardReader:
-    """A finished folder of shards: samples by number, in the manifest's order. A `ClipSource`.
+    """A finished folder of shards: its samples with T > 0 by number, in the manifest's order. A `ClipSource`.
+
+    Number n is manifest row n only where nothing before it was skipped; a sample's key always holds its manifest row.
 
     verify=True checks every shard's sha256 now. Otherwise a shard is checked when it is first read, and again if its
     file changes after that; each worker of a `loader` does so for itself unless it was done before.
 
     config:   what the features were made from: description, d_model, frame_rate, sampling_rate, dtype, manifest_sha256, …
-    lens:     (num_samples,) int64, frames per sample; `len(reader)` is their number.
+    lens:     (len(reader),) int64, frames per sample, all > 0; `config["num_samples"]` counts the skipped ones too.
     identity: the config, and a sha256 of the index, which holds that of every shard.
 
     Refused with `BadInput`: a folder without index.json or with a damaged one, shards that are missing, of another size
-    or unknown to the index. The same, later, for a shard whose sha256 is not the index's.
+    or unknown to the index, or in which no sample has frames. The same, later, for a shard whose sha256 is not the index's.
     """
 
     kind: Kind = "audio_features"
@@ -59,7 +63,9 @@ class ShardReader:
         self.folder = Path(folder)
         self.config, self._shards, index_sha256 = _read_index(self.folder / INDEX_NAME)
         self.identity: dict[str, Any] = {**copy.deepcopy(self.config), "kind": self.kind, "index_sha256": index_sha256}
-        self._samples = [(shard, sample) for shard in self._shards for sample in shard.samples]
+        samples = [(shard, sample) for shard in self._shards for sample in shard.samples]
+        self._samples = [place for place in samples if place[1].T > 0]
+        self._left_out = [place for place in samples if place[1].T == 0]
         self.lens: npt.NDArray[np.int64] = np.array([sample.T for _, sample in self._samples], dtype=np.int64)
         self._verified: dict[str, tuple[int, ...]] = {}  # shard → what identified its file when its sha256 was right
         self._check_files()
@@ -67,6 +73,10 @@ class ShardReader:
             for shard in self._shards:
                 with self._open(shard):
                     pass
+        if not self._samples:
+            key, reason = self.skipped[0]
+            raise BadInput("ShardReader", f"{self.folder}, where all {len(samples)} samples are skipped, {key} for {reason}",
+                           "at least one sample with frames")
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -86,6 +96,36 @@ class ShardReader:
         if len(tensors) != 1 or not fits:
             raise self._refuse(shard, f"a sample {sample.key} of {values.dtype} {shape(values.shape)}")
         return values, row
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(key, reason) of the samples without frames, which have no number: write_shards skipped them, or the encoder gave
+        them none. Read from the shards each time."""
+        if self.config.get("on_bad") != "skip":  # a key "skipped" is then the manifest's own
+            return [(sample.key, "no frames") for _, sample in self._left_out]
+        return [(sample.key, str(self._row(shard, sample).get("skipped", "no frames"))) for shard, sample in self._left_out]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """The manifest row of sample `number`, as `read` gives it, without its values.
+
+        Reads a few hundred bytes and no sha256, so that a run can look at all of its texts before it begins. What is trained
+        on comes from `read`, which checks them.
+        """
+        return self._row(*self._samples[number])
+
+    def _row(self, shard: Shard, sample: Sample) -> dict[str, Any]:
+        name = f"{sample.key}.json"
+        try:
+            with open(self.folder / shard.name, "rb") as file:
+                file.seek(sample.offset)
+                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+                if header.name != name or not header.isreg() or not 0 <= header.size <= sample.bytes:
+                    raise ValueError(f"no {name} there")
+                return json_object("ShardReader", name, file.read(header.size))
+        except FileNotFoundError as error:
+            raise self._refuse(shard, f"{self.folder / shard.name}, which is missing") from error
+        except (tarfile.TarError, *MALFORMED) as error:
+            raise self._refuse(shard, f"a sample {sample.key} that does not read ({error})") from error
 
     def load_batch(self, numbers: Sequence[int]) -> Batch:
         """The samples with these numbers, padded to the longest: Features (B, T, d_model), and B manifest rows."""

@@ -41,7 +41,12 @@ class WeightsUnavailable(OSError):
     def __init__(self, where: str, failures: Sequence[str], todo: str = "") -> None:
         self.where, self.failures = where, list(failures)
         tried = "".join(f"\n  - {failure}" for failure in failures)
+        self.todo = todo
         super().__init__(f"{where}: no weights. Tried{tried}\n{todo}".rstrip())
+
+    def __reduce__(self) -> tuple[type[WeightsUnavailable], tuple[str, list[str], str]]:
+        """Ranks and worker processes send their errors by pickle."""
+        return WeightsUnavailable, (self.where, self.failures, self.todo)
 
 
 def fetch_weights(where: str, candidates: Iterable[str | Path], required: Iterable[str] = ("config.json",),

@@ -6,16 +6,36 @@ the GPT that came.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni_adapters.lora import lora_disabled
+from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput, shape
 
 
 def graded(logits: Tensor, targets: Tensor) -> Tensor:
     """The rows of logits (B, T, vocab_size) whose target is not −1, in reading order: (num_graded, vocab_size)."""
+    if logits.shape[:2] != targets.shape:
+        raise BadInput("graded", f"logits {shape(logits.shape)} for targets {shape(targets.shape)}", "logits at every token",
+                       "a host that answers for the last token only cannot be distilled: leave --distill out")
     return logits[targets != -1]
+
+
+@contextmanager
+def teacher(omni: OmniGPT) -> Iterator[None]:
+    """Inside, the GPT is the one that came: LoRA off, its own dropout too, no gradients."""
+    was_training = omni.training
+    omni.eval()
+    try:
+        with torch.no_grad(), lora_disabled(omni.gpt):
+            yield
+    finally:
+        omni.train(was_training)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
@@ -36,8 +56,3 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0
 def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Σ of −log p(target) over targets that are not −1, in nats and in fp32."""
     return F.cross_entropy(graded(logits, targets).float(), targets[targets != -1], reduction="sum")
-
-
-@torch.no_grad()
-def num_graded(targets: Tensor) -> int:
-    return int((targets != -1).sum())

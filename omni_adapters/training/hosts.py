@@ -137,8 +137,11 @@ def load_reference(folder: str | os.PathLike[str], device: torch.device) -> tupl
 
 def load_nanochat(checkpoint_dir: str | os.PathLike[str], device: torch.device) -> tuple[nn.Module, Tokenizer]:
     """The newest step in a nanochat checkpoint folder; its tokenizer lies where nanochat keeps it (NANOCHAT_BASE_DIR)."""
-    from nanochat.checkpoint_manager import build_model, find_last_step
-
+    try:
+        from nanochat.checkpoint_manager import build_model, find_last_step
+    except ImportError as error:
+        raise BadInput("load_nanochat", f"no nanochat to import ({error})", "its package, and what that needs",
+                       "put the checkout on PYTHONPATH") from error
     folder = Path(checkpoint_dir).expanduser()
     if not list(folder.glob("model_*.pt")):
         raise BadInput("load_nanochat", f"{folder}, which holds no model_*.pt", "a checkpoint folder of nanochat",

@@ -10,7 +10,7 @@ from omni_adapters.shapes import BadInput
 from omni_adapters.training.trackers import OPENERS
 
 # Options that may change when a run is resumed: they decide where and how fast it goes, not what comes out.
-FREE = {"out", "device", "engine", "workers", "track", "save_every", "keep", "push", "kind", "checkpoint", "adapter"}
+FREE = {"out", "device", "engine", "workers", "track", "save_every", "keep", "push", "adapter"}
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -50,7 +50,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
     run.add_argument("--seed", type=int, default=0, help="of initial weights, order and dropout")
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; not for nanochat, which casts by itself")
     run.add_argument("--validate-every", type=int, default=200, help="steps between validations")
-    run.add_argument("--validate-rows", type=int, default=256, help="clips in a validation")
+    run.add_argument("--validate-rows", type=int, default=256, help="clips in a validation, which every rank does whole")
     run.add_argument("--max-answer", type=int, default=64, help="tokens of a generated answer")
     run.add_argument("--save-every", type=int, default=100, help="steps between checkpoints: what kill -9 can cost")
     run.add_argument("--keep", type=int, default=2, help="checkpoints kept")
@@ -77,16 +77,17 @@ def deciding(args: argparse.Namespace, **identities: Any) -> dict[str, Any]:
     """
     paths = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder"}
     options = {name: value for name, value in vars(args).items() if name not in FREE | paths}
-    check_ranges(args)
     return {"options": options, **identities}
 
 
 def check_ranges(args: argparse.Namespace) -> None:
     counts = ("steps", "max_tokens", "micro_batches", "validate_every", "validate_rows", "save_every", "keep", "max_answer")
-    fits = {**{name: getattr(args, name) >= 1 for name in counts}, "warmup": 0 <= args.warmup < 1, "clip": args.clip > 0,
+    fits = {**{name: getattr(args, name) >= 1 for name in counts}, "validate_rows": args.validate_rows >= 2,
+            "weight_decay": args.weight_decay >= 0, "workers": args.workers >= 0,
+            "warmup": 0 <= args.warmup < 1, "clip": args.clip > 0,
             "lr": args.lr > 0, "projector_lr": getattr(args, "projector_lr", 0) >= 0,
             "distill": 0 <= getattr(args, "distill", 0) <= 1}
     wrong = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name, fit in fits.items() if not fit]
     if wrong:
-        raise BadInput("options", ", ".join(wrong), "counts ≥ 1, a warm-up in [0, 1), rates and a clip > 0 (a projector's rate "
-                       "≥ 0), a share of distillation in [0, 1]")
+        raise BadInput("options", ", ".join(wrong), "counts ≥ 1 (rows of a validation ≥ 2), a warm-up in [0, 1), "
+                       "rates and a clip > 0 (a projector's rate ≥ 0), a share of distillation in [0, 1]")

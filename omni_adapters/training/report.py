@@ -42,7 +42,7 @@ def scoreboard(result: Mapping[str, Any], num_samples: int = 3) -> str:
 
 @torch.no_grad()
 def heard_and_read(omni: OmniGPT, source: ClipSource, turns: Turns, max_tokens: int, max_rows: int = 64) -> tuple[Tensor, Tensor]:
-    """Soft tokens of some clips (N, n_embd), and the embeddings of all words in their transcripts (M, n_embd), on the CPU.
+    """Soft tokens of some clips (N, n_embd), and the embeddings of all words in their answers (M, n_embd), on the CPU.
 
     Under FSDP2 all ranks must call it.
     """
@@ -51,7 +51,7 @@ def heard_and_read(omni: OmniGPT, source: ClipSource, turns: Turns, max_tokens: 
         sound, rows = source.load_batch(numbers)
         soft = omni.project(hear(omni, source, sound), len(rows))
         sounds += [values[:length].float().cpu() for values, length in zip(soft.values, soft.lens.tolist())]
-        words |= {token for row in rows for token in turns.tokenizer.encode(row["text"])}
+        words |= {token for row in rows for token in turns.answer(row)[:-1]}
     embeddings = whole(table(unwrap(omni.gpt), omni.prepender.anatomy.wte).weight)[sorted(words)]
     return torch.cat(sounds), embeddings.float().cpu()
 

@@ -12,12 +12,13 @@ import torch
 from omni_adapters.data.clips import Batch, ClipSource, Kind, ManifestClips
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shards import ShardReader
-from omni_adapters.descriptions import check_same
+from omni_adapters.descriptions import differences
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import Features, features_to
 from omni_adapters.model import describe_encoder
+from omni_adapters.shapes import BadInput, listing
 
 
 def open_encoder(name: str, device: torch.device | str = "cpu") -> AudioEncoder:
@@ -33,8 +34,10 @@ def open_source(path: str | os.PathLike[str], encoder: AudioEncoder) -> ClipSour
     if not Path(path).is_dir():
         return ManifestClips(read_manifest(path), encoder)
     reader = ShardReader(path)
-    check_same(f"open_source({os.fspath(path)})", {"encoder": reader.config["description"]},
-               {"encoder": identity(encoder)})
+    changed = differences({"encoder": reader.config["description"]}, {"encoder": identity(encoder)})
+    if changed:
+        raise BadInput(f"open_source({os.fspath(path)})", f"shards of another encoder ({listing(changed, len(changed))})",
+                       "shards of the encoder in use", "name the one they were extracted with as --encoder, or extract again")
     return MelShards(reader) if isinstance(encoder, LogMelEncoder) else reader
 
 
@@ -56,6 +59,9 @@ class MelShards:
         """values (B, 80, T_mel) float32, lens, and B manifest rows."""
         (values, lens), rows = self.reader.load_batch(numbers)
         return Features(values.float().transpose(1, 2), lens), rows
+
+    def row(self, number: int) -> dict[str, Any]:
+        return self.reader.row(number)
 
 
 def fit_encoder(encoder: AudioEncoder, source: ClipSource, num_clips: int = 500) -> None:

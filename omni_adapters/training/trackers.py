@@ -6,6 +6,8 @@ goes on is reported once and left alone: no run ends because of a dashboard.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,9 +70,11 @@ def open_wandb(folder: Path, config: dict[str, Any], project: str) -> Tracker:
     except ImportError as error:
         raise MissingExtra("open_trackers('wandb')", "wandb", "trackers") from error
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"project": project, "name": folder.name, "id": folder.name, "resume": "allow", "dir": str(folder),
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]  # tells runs/a from runs/a
+    settings = {"project": project, "name": folder.name, "id": f"{folder.name}-{digest}", "resume": "allow", "dir": str(folder),
                 "config": config}
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    has_key = bool(getattr(getattr(wandb, "api", None), "api_key", None))  # from the environment or `wandb login`
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
     try:
         run = wandb.init(**settings, mode=mode)
     except Exception as error:  # no network, a refused key: its exceptions share no type

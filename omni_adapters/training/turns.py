@@ -43,15 +43,15 @@ class Turns:
 
     def prompt(self, row: Row, transcript: str = "") -> list[int]:
         """Everything before the answer; `transcript` goes where the sound would."""
-        question = row.get("question", self.question)
+        question = text_of(row, "question", self.question)
         if question and self.form == "plain":
             raise BadInput("Turns", f"the question {question!r:.80} in the plain form", "rows without a question",
                            "use the chat form")
-        heard = self.tokenizer.encode(transcript) if transcript else []
-        return self.before + heard + (self.tokenizer.encode(question) if question else []) + self.after
+        between = "\n".join(part for part in (transcript, question) if part)
+        return self.before + (self.tokenizer.encode(between) if between else []) + self.after
 
     def reading(self, row: Row) -> list[int]:
-        return self.prompt(row, row["text"])
+        return self.prompt(row, text_of(row, "text", ""))
 
     def answer(self, row: Row) -> list[int]:
         return [*self.tokenizer.encode(answer_of(row)), self.end]
@@ -71,4 +71,15 @@ class Turns:
 
 
 def answer_of(row: Row) -> str:
-    return str(row.get("answer", row["text"]))
+    """What the row's answer is; without one, its transcript."""
+    return text_of(row, "answer", row["text"])
+
+
+def text_of(row: Row, key: str, otherwise: str) -> str:
+    """A row's text under `key`; `otherwise` where it has none, or null. Raises BadInput for anything but text."""
+    value = row.get(key)
+    if value is None:
+        return otherwise
+    if not isinstance(value, str):
+        raise BadInput("Turns", f"{key} = {value!r:.80}", "a text, or none")
+    return value

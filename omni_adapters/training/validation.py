@@ -32,11 +32,13 @@ COLUMNS: tuple[Column, ...] = ("right", "shuffled", "blank", "text_oracle")
 
 @torch.no_grad()
 def validate(omni: OmniGPT, source: ClipSource, turns: Turns, *, max_tokens: int, max_rows: int = 256,
-             max_answer: int = 64, columns: Sequence[Column] = COLUMNS, answers: bool = True) -> dict[str, Any]:
+             max_answer: int = 64, columns: Sequence[Column] = COLUMNS,
+             answered: Sequence[Column] = COLUMNS) -> dict[str, Any]:
     """Scores of up to `max_rows` samples, the same ones at every call.
 
     Returns {column: {"loss" (nats a graded token), "exact_match", "word_accuracy"}, "gap", "samples": [what was said and
-    heard]}. `max_tokens` is feature frames a batch; `max_answer` tokens an answer; answers=False leaves out generation.
+    heard]}. `max_tokens` is feature frames a batch; `max_answer` tokens an answer. Only the columns in `answered` generate
+    answers, which takes by far the most time.
     Under several ranks each does all of it: with sharded weights they must go in step.
     """
     if len(source) < 2:
@@ -49,7 +51,7 @@ def validate(omni: OmniGPT, source: ClipSource, turns: Turns, *, max_tokens: int
             sound, rows = source.load_batch(numbers)
             features = hear(omni, source, sound)
             for column in columns:
-                totals[column].add(*grade(omni, column, features, rows, turns, max_answer if answers else 0))
+                totals[column].add(*grade(omni, column, features, rows, turns, max_answer if column in answered else 0))
     finally:
         omni.train(was_training)
     result: dict[str, Any] = {column: tally.scores() for column, tally in totals.items()}
@@ -87,17 +89,24 @@ class Tally:
 
 
 def batches(source: ClipSource, max_tokens: int, max_rows: int) -> list[list[int]]:
-    """Up to max_rows samples, spread evenly over the source, in batches of two or more: one alone has nobody to swap with."""
+    """Up to max_rows samples, spread evenly over the source, in batches of two or more: one alone has nobody to swap with,
+    so a neighbour lends it a clip. Only two or three long clips together exceed max_tokens."""
     count = min(len(source), max_rows)
     chosen = [number * len(source) // count for number in range(count)]
     order = Order(source.lens[chosen], max_tokens=max_tokens, seed=0, num_groups=1)
     found: list[list[int]] = []
     for step in order.epoch(0):
         numbers = [chosen[number] for number in step[0]]
-        if found and min(len(numbers), len(found[-1])) == 1:
-            found[-1] += numbers
-        else:
+        if found and len(found[-1]) == 1:
+            found[-1].append(numbers.pop())
+        if numbers:
             found.append(numbers)
+    if len(found) > 1 and len(found[-1]) == 1:
+        last = found.pop()
+        if len(found[-1]) > 2:
+            found.append([found[-1].pop(), *last])
+        else:
+            found[-1] += last
     return found
 
 
