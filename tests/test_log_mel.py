@@ -142,6 +142,16 @@ def test_statistics_come_from_valid_frames_only():
     torch.testing.assert_close(normal.std(dim=0, correction=0), torch.ones(80), rtol=0, atol=1e-4)
 
 
+def test_statistics_of_batches_are_those_of_all_clips_at_once():
+    whole, parts = LogMelEncoder(), LogMelEncoder()
+    clips = [clip(16_000, 1), clip(4_000, 2) * 1e-4, clip(7_000, 3), clip(100, 4)]
+    whole.fit_statistics(whole.preprocess(clips))
+    nothing = Features(torch.zeros(1, 80, 3), torch.tensor([0]))
+    parts.fit_statistics(iter([parts.preprocess(clips[:1]), nothing, parts.preprocess(clips[1:3]), parts.preprocess(clips[3:])]))
+    for name in ("mean", "std"):  # fp64 sums of 272 frames, kept in fp32: one rounding apart at most
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=2**-23, atol=2**-23)
+
+
 def test_a_band_that_stands_still_is_not_magnified_without_bound():
     encoder = LogMelEncoder()
     encoder.fit_statistics(Features(torch.full((1, 80, 5), 0.3), torch.tensor([5])))

@@ -10,7 +10,7 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -76,19 +76,29 @@ class LogMelEncoder(nn.Module):
         return Features((inputs.values.transpose(1, 2).contiguous() - self.mean) / self.std, inputs.lens)
 
     @torch.no_grad()
-    def fit_statistics(self, inputs: Features) -> None:
+    def fit_statistics(self, inputs: Features | Iterable[Features]) -> None:
         """Set mean and std from what `preprocess` returned for training clips, over valid frames only.
 
+        Several batches count as one; only one of them is in memory at a time (merged as Chan, Golub and LeVeque 1979 do).
         The std is the population's, at least MIN_STD. Raises BadInput, and changes nothing, when no frame is valid or
         one is not finite.
         """
-        _check_mel("LogMelEncoder.fit_statistics", inputs)
-        rows = Features(inputs.values.transpose(1, 2), inputs.lens)
-        if not sum(check_values("LogMelEncoder.fit_statistics", rows)):
-            raise BadInput("LogMelEncoder.fit_statistics", "features without one valid frame", "training clips")
-        frames = rows.values[valid_steps(rows)].double()  # (frames, n_mels)
-        self.mean.copy_(frames.mean(dim=0))
-        self.std.copy_(frames.std(dim=0, correction=0).clamp_min(MIN_STD))
+        where = "LogMelEncoder.fit_statistics"
+        count, mean, squares = 0, torch.zeros(N_MELS, dtype=torch.float64), torch.zeros(N_MELS, dtype=torch.float64)
+        for batch in [inputs] if isinstance(inputs, Features) else inputs:
+            _check_mel(where, batch)
+            rows = Features(batch.values.transpose(1, 2), batch.lens)
+            if not sum(check_values(where, rows)):
+                continue
+            frames = rows.values[valid_steps(rows)].double().cpu()  # (frames, n_mels)
+            apart, share = frames.mean(dim=0) - mean, len(frames) / (count + len(frames))
+            squares += (frames - frames.mean(dim=0)).square().sum(dim=0) + apart.square() * count * share
+            mean += apart * share
+            count += len(frames)
+        if not count:
+            raise BadInput(where, "features without one valid frame", "training clips")
+        self.mean.copy_(mean)
+        self.std.copy_((squares / count).sqrt().clamp_min(MIN_STD))
 
 
 def log_mel(samples: Tensor) -> Tensor:

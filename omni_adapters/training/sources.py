@@ -69,8 +69,7 @@ def fit_encoder(encoder: AudioEncoder, source: ClipSource, num_clips: int = 500)
     weights of their own stay as they are. The same clips give the same statistics on every rank and after a kill."""
     if isinstance(encoder, LogMelEncoder):
         count = min(num_clips, len(source))
-        sound, _ = source.load_batch([number * len(source) // count for number in range(count)])
-        encoder.fit_statistics(features_to(sound, encoder.mean.device))
+        encoder.fit_statistics(source.load_batch([number * len(source) // count])[0] for number in range(count))
 
 
 def identity(encoder: AudioEncoder) -> dict[str, Any]:
