@@ -23,6 +23,8 @@ docs: .venv/ready  ## runs every code block of README.md and docs/
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.shards
+	$(BIN)/python -m benchmarks.budget --json
+	$(BIN)/python -m benchmarks.stages
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
 """What each stage of training brings: the chain of docs/train_your_own.md, measured on sentences and voices never trained on.
 
-    python -m benchmarks.stages            # half an hour on two CPU cores; killed, it goes on where it was
+    python -m benchmarks.stages            # 43 minutes on two busy CPU cores; killed, it goes on where it was
 
 Rows: stage 1 (projector only), stage 1 for as many steps as both stages together, and stage 2 (projector and LoRA), which goes
 on from stage 1. Columns: exact match and word accuracy on unseen sentences and on unseen voices, the loss with the right sound,

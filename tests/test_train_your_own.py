@@ -18,6 +18,9 @@ from loopback_hub import WRITER, hub_for_the_client
 from omni_adapters.checkpoint import load_adapter
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import stages  # noqa: E402
+
 PAGE = (ROOT / "docs" / "train_your_own.md").read_text()
 SMALL = {  # what a command gets besides what the page says; the last of two equal options counts
     "examples/synthetic.py": "--clips 48 --test-clips 6 --words 12 --gpt-steps 8 --rows 8 --n-layer 2 --n-embd 32 --workers 1",
@@ -26,7 +29,7 @@ SMALL = {  # what a command gets besides what the page says; the last of two equ
 }
 
 
-def commands(block: str) -> list[list[str]]:
+def commands(block: str, small: bool = True) -> list[list[str]]:
     """A bash block's commands, to be run by this interpreter."""
     found = []
     for line in block.replace("\\\n", " ").splitlines():
@@ -34,7 +37,7 @@ def commands(block: str) -> list[list[str]]:
         if words:
             own = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "omni_adapters.cli"]
             assert words[0] in ("python", "omni-adapters"), f"who is to run {line!r}?"
-            found.append([*own, *words[1:], *SMALL.get(words[1], "").split()])
+            found.append([*own, *words[1:], *(SMALL.get(words[1], "").split() if small else [])])
     return found
 
 
@@ -66,9 +69,19 @@ def test_the_page_is_run_from_a_manifest_to_a_published_adapter(tmp_path: Path, 
             assert (tmp_path / "runs" / stage / picture).stat().st_size > 5000
 
 
-def test_the_table_on_the_page_is_the_committed_result() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "stages.json").read_text())
-    rows = re.findall(r"^\| (?!\s*\||-)(.*?) \|$", PAGE, re.MULTILINE)
-    for name, row in results["rows"].items():
-        line = next(line for line in rows if line.startswith(name))
-        assert f"{row['exact_match']:.3f}" in line and f"{row['gap']:.2f}" in line, line
+def test_the_tables_are_the_committed_results() -> None:
+    results = json.loads((stages.RESULTS / "stages.json").read_text())
+    assert results["scale"] == 1.0
+    for text in (PAGE, (ROOT / "README.md").read_text()):
+        assert stages.table(results["rows"]) in text
+
+
+def test_the_page_trains_as_the_benchmark_does() -> None:
+    """Commands on the page have the benchmark's settings, but for how often it looks."""
+    measured = stages.commands(Path("runs"), 1.0)
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        for _, script, *given in (command for command in commands(block, small=False) if command[1] in SMALL):
+            known = measured[Path(script).stem]
+            pairs = dict(zip(known[1::2], known[2::2]))
+            for name, value in zip(given[::2], given[1::2]):
+                assert pairs[name].endswith(value.removeprefix("runs")) or name == "--out", (script, name)

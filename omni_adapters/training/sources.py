@@ -16,7 +16,7 @@ from omni_adapters.descriptions import differences
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
-from omni_adapters.features import Features, features_to
+from omni_adapters.features import Features
 from omni_adapters.model import describe_encoder
 from omni_adapters.shapes import BadInput, listing
 
