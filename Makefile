@@ -23,6 +23,7 @@ docs: .venv/ready  ## runs every code block of README.md and docs/
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.shards
+	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.budget --json
 	$(BIN)/python -m benchmarks.stages
 

@@ -1,0 +1,287 @@
+"""Cross-entropy of a linear head, softcap included, without the logits of a whole batch.
+
+    z = hidden · weightᵀ          (N, V)
+    l = c · tanh(z / c)           the softcap c of nanochat (15, 20) and Gemma (30); without one, l = z
+    loss = −log softmax(l)[target]
+
+Notable:
+- rows whose target is `ignore_index` never meet the weight: what stands in them, NaN included, is never read
+- `plain` is this equation in torch and the specification. `chunked` makes loss and gradients together, some rows at a time
+  in one reused buffer, and keeps only what has the shape of `hidden` or `weight`
+- with t a row's target and rest = Σ_{j≠t} e^{l_j − l_t}, `chunked` computes loss = log(1 + rest), ∂loss/∂l_j =
+  e^{l_j − l_t} / (1 + rest) and ∂loss/∂l_t = −rest / (1 + rest): nothing cancels where the target is nearly certain
+- |l_j − l_t| ≤ 2c, so e^{l_j − l_t} stays in range by itself and no row maximum is looked for
+- both compute in fp32 (fp64 where an input is fp64), whatever the inputs or autocast say: e^l turns an absolute error of l
+  into a relative one of the loss's gradient, and a bf16 logit near 15 is off by up to 0.03
+(Rows in chunks, gradients in the forward: Liger-Kernel, arXiv:2410.10989.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni_adapters.shapes import BadInput, shape
+
+WHERE = "linear_cross_entropy"
+REDUCTIONS = ("mean", "sum", "none")
+CHUNK_BYTES = 2**26  # of logits at a time: 512 rows of 32768 in fp32. A chunk reads the whole weight: 64 rows take 1.3 × the time
+CHUNK_ROWS = 128  # at least, where a vocabulary is so large that CHUNK_BYTES hold fewer rows
+BLOCK_BYTES = 2**22  # of logits that go through all element-wise passes together: they and their copy stay in L2 and L3
+RANGE = 64.0  # logits: e^64 = 6e27 times any vocabulary is far from fp32's largest, e^88, and e^−64 from its smallest
+WORTH_CHUNKING = 2**18  # logits (rows not ignored × V) from which chunks win: below, plain's tensors stay in cache too
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None,
+                         ignore_index: int = -1, reduction: Literal["mean", "sum", "none"] = "mean",
+                         impl: Literal["auto", "plain", "chunked"] = "auto") -> Tensor:
+    """−log softmax(softcap · tanh(hidden · weightᵀ / softcap))[targets]; gradients to `hidden` and `weight`.
+
+    hidden:    (..., C), any floating dtype.
+    weight:    (V, C), any floating dtype. Its gradient is computed only where it requires one.
+    targets:   (...) int64, in 0 … V − 1, or `ignore_index`.
+    softcap:   in logits, > 0; None leaves logits as they are.
+    reduction: "mean" over the rows not ignored, "sum", or "none": one loss a row, 0 at ignored rows.
+    impl:      "plain" or "chunked"; "auto" is chunked where that is faster: from 2¹⁸ logits on, and with a trained weight from
+               C / 2 rows on. Rows not ignored count; under torch.compile, which cannot count those, all do.
+
+    Returns a scalar, or (...) for "none", in fp32, or fp64 where an input is fp64: autocast changes nothing. Gradients have
+    their input's dtype, rounded once. Ignored rows get a gradient of exactly 0.
+
+    Chunked holds a copy of half-precision weights in fp32, one buffer of 64 MiB (128 rows where V is larger than 2¹⁷) and,
+    where the weight is trained, its gradient in fp32; it refuses double backward. With reduction="none" and a trained weight,
+    backward computes the logits again, since each row's share of the weight's gradient waits for that row's upstream.
+
+    Raises BadInput for shapes that do not meet, targets out of range, softcap ≤ 0, and a mean over no rows. Under
+    torch.compile values are not looked at: there a mean over no rows is NaN.
+    """
+    check_form(hidden, weight, targets, softcap, reduction)
+    V, C = weight.shape
+    flat_hidden, flat_targets = hidden.reshape(-1, C), targets.reshape(-1)
+    rows = check_values(flat_targets, V, ignore_index, reduction)
+    compute = implementation(impl, rows, weight)
+    losses = compute(flat_hidden, weight, flat_targets, softcap, ignore_index, reduction == "none")
+    if reduction == "mean":
+        return losses / (flat_targets != ignore_index).sum()
+    return losses.reshape(targets.shape) if reduction == "none" else losses
+
+
+def implementation(impl: str, rows: int, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor, float | None, int, bool], Tensor]:
+    """(hidden (N, C), weight, targets (N,), softcap, ignore_index, by_row) → losses (N,) if by_row, else their sum."""
+    named = {"plain": plain, "chunked": chunked}
+    if impl == "auto":
+        return chunked if worth_chunking(rows, weight) else plain
+    if impl not in named:
+        raise BadInput(WHERE, f"impl = {impl!r}", f"one of auto, {', '.join(named)}")
+    return named[impl]
+
+
+def worth_chunking(rows: int, weight: Tensor) -> bool:
+    """Measured on two CPU threads, V = 512 … 32768. A trained weight costs chunks more passes over its gradient (V · C),
+    which the passes they save over logits (rows · V) must pay for."""
+    V, C = weight.shape
+    return rows * V >= WORTH_CHUNKING and (rows >= C / 2 or not wants_gradient(weight))
+
+
+def wants_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def check_form(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, reduction: str) -> None:
+    """Everything that can be said without looking at values."""
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.size(-1) != weight.size(-1):
+        raise BadInput(WHERE, f"hidden {shape(hidden.shape)}, weight {shape(weight.shape)}", "hidden (..., C), weight (V, C)",
+                       "weight is lm_head.weight as it is, not transposed")
+    if targets.shape != hidden.shape[:-1]:
+        raise BadInput(WHERE, f"targets {shape(targets.shape)}", f"one a row of hidden, {shape(hidden.shape[:-1])}")
+    if targets.dtype != torch.int64:
+        raise BadInput(WHERE, f"targets of {targets.dtype}", "torch.int64")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise BadInput(WHERE, f"hidden of {hidden.dtype}, weight of {weight.dtype}", "floating dtypes")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise BadInput(WHERE, f"softcap = {softcap}", "a finite softcap > 0", "softcap=None leaves logits as they are")
+    if reduction not in REDUCTIONS:
+        raise BadInput(WHERE, f"reduction = {reduction!r}", f"one of {', '.join(REDUCTIONS)}")
+
+
+def check_values(targets: Tensor, V: int, ignore_index: int, reduction: str) -> int:
+    """How many rows are not ignored; all of them under torch.compile, where nothing is checked."""
+    if torch.compiler.is_compiling():
+        return targets.numel()
+    graded = targets[targets != ignore_index]
+    if graded.numel() == 0:
+        if reduction == "mean":
+            raise BadInput(WHERE, f"{targets.numel()} rows, all of them ignored", "a row to take the mean over",
+                           "leave such a batch out")
+        return 0
+    low, high = int(graded.min()), int(graded.max())
+    if low < 0 or high >= V:
+        raise BadInput(WHERE, f"targets from {low} to {high}", f"0 … {V - 1}, or {ignore_index}")
+    return graded.numel()
+
+
+def accumulation_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+# ---- the specification -----------------------------------------------------------------------------------------------
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignore_index: int, by_row: bool) -> Tensor:
+    """The equation. Ignored rows are left out; under torch.compile, where that has no shape, they count as zeros."""
+    graded, dtype = targets != ignore_index, accumulation_dtype(hidden, weight)
+    if torch.compiler.is_compiling():
+        losses = equation(hidden.where(graded[:, None], 0), weight, targets, softcap, ignore_index, dtype)
+    else:
+        losses = equation(hidden[graded], weight, targets[graded], softcap, ignore_index, dtype)
+        if by_row:
+            losses = losses.new_zeros(targets.shape).masked_scatter(graded, losses)
+    return losses if by_row else losses.sum()
+
+
+def equation(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignore_index: int,
+             dtype: torch.dtype) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(dtype) @ weight.to(dtype).T  # (N, V)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+
+
+# ---- in chunks -------------------------------------------------------------------------------------------------------
+
+
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignore_index: int, by_row: bool) -> Tensor:
+    """`plain` without its (N, V) tensors."""
+    return loss_and_gradients(hidden, weight, targets, None, None if softcap is None else float(softcap), ignore_index, by_row,
+                              wants_gradient(hidden), wants_gradient(weight))[0]
+
+
+# An operator of its own: torch.compile takes it into its graph as it is, with loops and row counts that depend on values.
+@torch.library.custom_op("omni_adapters::linear_cross_entropy", mutates_args=())
+def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, softcap: float | None,
+                       ignore_index: int, by_row: bool, hidden_wanted: bool,
+                       weight_wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, Σ upstream · ∂loss/∂hidden, Σ upstream · ∂loss/∂weight), in the accumulation dtype.
+
+    upstream (N,), None for ones. Losses are (N,) if by_row, else their sum. A gradient that is not wanted has no elements.
+    By rows and with the weight wanted, gradients wait for their upstream: without one, both are left out.
+    """
+    dtype = accumulation_dtype(hidden, weight)
+    if deferred(upstream, by_row, weight_wanted):
+        hidden_wanted = weight_wanted = False
+    rows = (targets != ignore_index).nonzero().squeeze(1)
+    every = rows.numel() == targets.numel()
+    x, t = (hidden, targets) if every else (hidden[rows], targets[rows])
+    scale = torch.ones_like(t, dtype=dtype) if upstream is None else upstream[rows].to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses, dx, dw = graded_rows(x.to(dtype), weight.to(dtype), t, scale, softcap, hidden_wanted, weight_wanted)
+    if not every and by_row:
+        losses = losses.new_zeros(targets.shape).index_copy_(0, rows, losses)
+    if not every and hidden_wanted:
+        dx = dx.new_zeros(hidden.shape).index_copy_(0, rows, dx)
+    return losses if by_row else losses.sum(), dx, dw
+
+
+def deferred(upstream: Tensor | None, by_row: bool, weight_wanted: bool) -> bool:
+    """Whether gradients are computed in backward: a sum over rows cannot be scaled by row afterwards."""
+    return by_row and weight_wanted and upstream is None
+
+
+def graded_rows(x: Tensor, w: Tensor, targets: Tensor, upstream: Tensor, softcap: float | None, hidden_wanted: bool,
+                weight_wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (n,), dx (n, C) and dw (V, C) of n rows none of which is ignored; everything in one dtype."""
+    n, V = x.size(0), w.size(0)
+    losses = x.new_empty(n)
+    dx, dw = x.new_empty(x.shape if hidden_wanted else 0), w.new_zeros(w.shape if weight_wanted else 0)
+    at_once = max(CHUNK_ROWS, CHUNK_BYTES // (V * x.element_size()))
+    in_cache = max(1, BLOCK_BYTES // (V * x.element_size()))
+    buffer = x.new_empty(min(n, at_once), V)
+    for chunk in even_slices(n, at_once):
+        z = torch.mm(x[chunk], w.T, out=buffer[:chunk.stop - chunk.start])
+        for block in even_slices(z.size(0), in_cache):
+            rows = slice(chunk.start + block.start, chunk.start + block.stop)
+            losses[rows] = differentiate(z[block], targets[rows], upstream[rows], softcap, hidden_wanted or weight_wanted)
+        if hidden_wanted:
+            torch.mm(z, w, out=dx[chunk])
+        if weight_wanted:
+            dw.addmm_(z.T, x[chunk])
+    return losses, dx, dw
+
+
+def even_slices(n: int, most: int) -> Iterator[slice]:
+    """0 … n in as few slices of at most `most` as it takes, equal to within one: no last chunk of a single row."""
+    parts = -(-n // most)
+    for part in range(parts):
+        yield slice(n * part // parts, n * (part + 1) // parts)
+
+
+def differentiate(z: Tensor, targets: Tensor, upstream: Tensor, softcap: float | None, gradient: bool) -> Tensor:
+    """Losses (b,) of logits z (b, V). In place z becomes upstream · ∂loss/∂z where `gradient`, else of no use."""
+    at = targets[:, None]
+    l_t = z.gather(1, at)  # (b, 1)
+    slope_t, p, bounded = torch.ones_like(l_t), z, softcap is not None and softcap <= RANGE / 2
+    if softcap is not None:
+        u_t = torch.tanh(l_t / softcap)
+        l_t, slope_t = softcap * u_t, 1 - u_t.square()
+        u = fast_tanh_(z.div_(softcap)) if bounded else z.div_(softcap).tanh_()
+        p = u * softcap
+    shift = l_t if bounded else torch.maximum(l_t, p.amax(1, keepdim=True) - RANGE)
+    below = l_t - shift  # 0, unless the target is RANGE below the largest
+    p.sub_(shift).exp_().scatter_(1, at, 0)
+    rest = p.sum(1, keepdim=True)
+    if gradient:
+        scale = upstream[:, None] / (rest + below.exp())
+        p.mul_(scale)
+        if softcap is not None:
+            torch.mul(p, u.square_().neg_().add_(1), out=z)
+        z.scatter_(1, at, -rest * slope_t * scale)
+    return (torch.log1p(rest + torch.expm1(below)) - below).squeeze(1)
+
+
+def fast_tanh_(x: Tensor) -> Tensor:
+    """tanh in place, to 4 · 2⁻²⁴ in fp32 (torch.tanh: to 2⁻²⁴), in a quarter of its time on CPU."""
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
+@loss_and_gradients.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, softcap: float | None, ignore_index: int,
+      by_row: bool, hidden_wanted: bool, weight_wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden, weight)
+    later = deferred(upstream, by_row, weight_wanted)
+    return (hidden.new_empty(targets.shape if by_row else (), dtype=dtype),
+            hidden.new_empty(hidden.shape if hidden_wanted and not later else (0,), dtype=dtype),
+            weight.new_empty(weight.shape if weight_wanted and not later else (0,), dtype=dtype))
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, targets, upstream, *ctx.options = inputs
+    _, by_row = ctx.options[1:3]
+    ctx.deferred = deferred(upstream, by_row, ctx.options[-1])
+    ctx.dtypes = hidden.dtype, weight.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(targets, *((hidden, weight) if ctx.deferred else output[1:]))
+
+
+def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """upstream (N,) by rows, else a scalar. It may hold anything at ignored rows, whose gradient is 0 all the same."""
+    if torch.is_grad_enabled():
+        raise BadInput(f"{WHERE}, impl chunked", "a backward with create_graph=True", "one derivative", 'use impl="plain"')
+    targets, first, second = ctx.saved_tensors
+    _, ignore_index, _, hidden_wanted, weight_wanted = ctx.options
+    scale = upstream.where(targets != ignore_index, 0)  # (N,)
+    if ctx.deferred:
+        _, dx, dw = loss_and_gradients(first, second, targets, scale, *ctx.options)
+    else:
+        dx = first * scale[:, None] if hidden_wanted else first
+        dw = second * upstream if weight_wanted else second
+    return (dx.to(ctx.dtypes[0]) if hidden_wanted else None, dw.to(ctx.dtypes[1]) if weight_wanted else None,
+            *[None] * 7)
+
+
+loss_and_gradients.register_autograd(backward, setup_context=remember)
