@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -33,28 +33,28 @@ COLUMNS: tuple[Column, ...] = ("right", "shuffled", "blank", "text_oracle")
 @torch.no_grad()
 def validate(omni: OmniGPT, source: ClipSource, turns: Turns, *, max_tokens: int, max_rows: int = 256,
              max_answer: int = 64, columns: Sequence[Column] = COLUMNS,
-             answered: Sequence[Column] = COLUMNS) -> dict[str, Any]:
+             answered: Sequence[Column] = COLUMNS, known: Mapping[Column, dict[str, float]] | None = None) -> dict[str, Any]:
     """Scores of up to `max_rows` samples, the same ones at every call.
 
     Returns {column: {"loss" (nats a graded token), "exact_match", "word_accuracy"}, "gap", "samples": [what was said and
     heard]}. `max_tokens` is feature frames a batch; `max_answer` tokens an answer. Only the columns in `answered` generate
-    answers, which takes by far the most time.
+    answers, which takes by far the most time; scores that are `known` already are taken over.
     Under several ranks each does all of it: with sharded weights they must go in step.
     """
     if len(source) < 2:
         raise BadInput("validate", f"{len(source)} samples", "at least two", "the sound of one is exchanged with another's")
-    was_training = omni.training
+    known, was_training = known or {}, omni.training
     omni.eval()
     try:
-        totals = {column: Tally() for column in columns}
+        totals = {column: Tally() for column in columns if column not in known}
         for numbers in batches(source, max_tokens, max_rows):
             sound, rows = source.load_batch(numbers)
             features = hear(omni, source, sound)
-            for column in columns:
+            for column in totals:
                 totals[column].add(*grade(omni, column, features, rows, turns, max_answer if column in answered else 0))
     finally:
         omni.train(was_training)
-    result: dict[str, Any] = {column: tally.scores() for column, tally in totals.items()}
+    result: dict[str, Any] = {column: known.get(column) or totals[column].scores() for column in columns}
     if "right" in result and "shuffled" in result:
         result["gap"] = result["shuffled"]["loss"] - result["right"]["loss"]
     result["samples"] = totals["right"].samples[:8] if "right" in totals else []
