@@ -35,7 +35,7 @@ from omni_adapters.data.shards import ShardReader
 from omni_adapters.data.speech import speak
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import features_to
-from omni_adapters.model import describe_encoder
+from omni_adapters.fingerprints import describe_encoder
 from omni_adapters.reference_gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]

@@ -16,11 +16,8 @@ and started again with the same options, the run goes on from its newest checkpo
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import zlib
 from collections.abc import Sequence
-from itertools import tee
 from typing import Any
 
 import torch
@@ -29,9 +26,9 @@ from tqdm import tqdm
 
 from omni_adapters import Features, OmniGPT, Projector
 from omni_adapters.anatomy import discover_anatomy
-from omni_adapters.data.clips import loader
-from omni_adapters.data.epochs import Order, deal
+from omni_adapters.data.epochs import Order
 from omni_adapters.encoders.weights import WeightsUnavailable
+from omni_adapters.fingerprints import describe_host
 from omni_adapters.shapes import BadInput, MissingExtra
 from omni_adapters.training.hosts import open_host
 from omni_adapters.training.optimizer_state import gather_state, restore_state
@@ -51,13 +48,12 @@ from omni_adapters.training.schedule import warmup_cosine
 from omni_adapters.training.sources import fit_encoder, identity, open_encoder, open_source
 from omni_adapters.training.trackers import open_trackers
 from omni_adapters.training.turns import Turns
-from omni_adapters.training.update import check_start, train_step
+from omni_adapters.training.update import check_start, planned_batches, train_step
 from omni_adapters.training.validation import COLUMNS, Column, loss_of, validate
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0],
-                                     formatter_class=Defaults)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=Defaults)
     add_host_options(parser)
     add_data_options(parser)
     add_run_options(parser, steps=2000)
@@ -85,8 +81,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     check_ranges(args)
     omni, turns = build(args, ranks.device)
     source, unseen = open_source(args.train, omni.encoder), open_source(args.valid, omni.encoder)
-    config = deciding(args, host=omni.description()["host"], encoder=identity(omni.encoder), train=source.identity,
-                      valid=unseen.identity)
+    config = deciding(args, host=describe_host(omni.prepender, omni.host_digest), encoder=identity(omni.encoder),
+                      train=source.identity, valid=unseen.identity)
     order = Order(source.lens, max_tokens=args.max_tokens, seed=args.seed, num_groups=args.micro_batches)
     config["tokens"] = check_start(order, (source, unseen), turns, ranks, omni)
     folder = RunFolder(args.out, config, keep=args.keep)
@@ -127,19 +123,17 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 
         if newest is None:
             check(0)
-        plan, ahead = tee(order.steps(place["epoch"], place["step_in_epoch"]))
-        shares = loader(source, (deal(step.groups, ranks.rank, ranks.num_ranks) for step in ahead), num_workers=args.workers)
+        steps = planned_batches(order, source, ranks, place["epoch"], place["step_in_epoch"], num_workers=args.workers)
         numbers = range(place["step"] + 1, args.steps + 1)
         bar = tqdm(numbers, initial=place["step"], total=args.steps, desc="align", unit="step",
                    disable=None if ranks.is_first else True)  # None: shown on a terminal only
-        for step, planned, batches in zip(bar, plan, shares):
+        for step, (planned, batches) in zip(bar, steps):
             rate = warmup_cosine(step - 1, args.steps, math.ceil(args.warmup * args.steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             row = train_step(model, omni, optimizer, turns, ranks, batches, micro_loss, seeds=(args.seed, step), clip=args.clip,
                              bf16=args.bf16)
-            rows_crc32 = zlib.crc32(json.dumps(planned.groups).encode())  # which samples this step saw
-            log({"step": step, "epoch": planned.epoch, "rate": rate, **row, "rows_crc32": rows_crc32})
+            log({"step": step, "epoch": planned.epoch, "rate": rate, **row, "rows_crc32": planned.checksum()})
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             if step % args.validate_every == 0 or step == args.steps:
                 check(step)

@@ -36,9 +36,10 @@ from omni_adapters.data.collate import collate
 from omni_adapters.data.speech import add_noise, speak
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.features import pad_rows, select
+from omni_adapters.fingerprints import digest
 from omni_adapters.generate import generate_batch
-from omni_adapters.model import digest
 from omni_adapters.reference_gpt import GPT, GPTConfig
+from omni_adapters.training.validation import edits
 
 SLOTS = {
     "verb": "open close lock clean move paint find check".split(),
@@ -179,16 +180,6 @@ def train_projector(omni: OmniGPT, frames: list[Tensor], texts: list[str], steps
         losses.append(update(loss, optimizer, lr, step, steps))
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
-
-
-def edits(heard: list[str], said: list[str]) -> int:
-    """Levenshtein distance in words."""
-    row = list(range(len(said) + 1))
-    for i, word in enumerate(heard, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(said, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
-    return row[-1]
 
 
 @torch.inference_mode()

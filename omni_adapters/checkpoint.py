@@ -41,6 +41,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 OPENING = b'{"__metadata__":{"sha256":"'  # every header begins so, which fixes the place of the digest
 DIGEST = slice(8 + len(OPENING), 8 + len(OPENING) + 64)  # in the file: after the 8 bytes of header length
+MAX_BYTES = 4 << 30  # of a file, unless told otherwise
 MAX_HEADER = 16 << 20  # bytes; a header of 1,000 tensors has about 0.1 MB
 MAX_AXES = 64  # torch iterates over no more
 
@@ -96,7 +97,7 @@ def save_adapter(path: StrPath, tensors: Mapping[str, Tensor], description: Mapp
     write_parts(target, [_with_digest(head, digest.hexdigest()), *parts])
 
 
-def load_adapter(path: StrPath, *, max_bytes: int = 4 << 30) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_adapter(path: StrPath, *, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the description of a file that `save_adapter` wrote, bit for bit.
 
     max_bytes: the largest file to read. Memory use is the size of the file and some 20 MiB, plus what parsing the header

@@ -13,26 +13,27 @@ Notable:
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.checkpoint import load_adapter, save_adapter
+from omni_adapters.collective import on_first_rank, whole
 from omni_adapters.descriptions import check_same
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import Features, features_to
+from omni_adapters.fingerprints import Digest, describe_encoder, describe_host
 from omni_adapters.hooks import ValueEmbeds
-from omni_adapters.hub import fetch_adapter, model_card, publish
+from omni_adapters.hub import fetch_adapter, publish
 from omni_adapters.lora import LoRALinear, inject_at, inject_lora, keeping_dtype, lora_by_path, lora_settings, remove_lora
+from omni_adapters.model_card import model_card
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
@@ -367,86 +368,6 @@ def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
     if name not in DTYPES:
         raise BadInput(where, f"an encoder in {name!r:.40}", f"one in {', '.join(DTYPES)}", "pass the encoder itself")
     return ENCODERS[saved["type"]](saved["source"], DTYPES[name])
-
-
-def describe_host(prepender: SoftTokenPrepender, sha256: Digest) -> dict[str, Any]:
-    """Sizes of the GPT and a digest of the weights it came with, LoRA left out."""
-    anatomy = prepender.anatomy
-    state = {plain_name(name): t for name, t in unwrap(prepender.gpt).state_dict(keep_vars=True).items()
-             if not name.endswith((".lora_a", ".lora_b"))}
-    return {"n_embd": anatomy.n_embd, "vocab_size": anatomy.vocab_size, "num_embeddings": anatomy.num_embeddings,
-            "sha256": sha256.of(state)}
-
-
-def describe_encoder(encoder: AudioEncoder) -> dict[str, Any]:
-    """What it is, where it came from, and a digest of its weights, None where it has none; `dtype` where that is not
-    float32."""
-    parameters = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
-    weights = encoder.state_dict() if isinstance(encoder, nn.Module) and parameters else {}
-    source = getattr(encoder, "source", None)
-    described = {"type": type(encoder).__name__, "source": None if source is None else str(source),
-                 "d_model": encoder.d_model, "frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate,
-                 "sha256": digest(weights) if weights else None}
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
-    return described if dtypes <= {"float32"} else described | {"dtype": ", ".join(sorted(dtypes))}
-
-
-class Digest:
-    """The `digest` of tensors that hardly ever change, computed again only when one of them may have."""
-
-    def __init__(self) -> None:
-        self.sha256 = ""
-        self.seen: dict[str, tuple[Any, ...]] | None = None
-
-    def of(self, tensors: Mapping[str, Tensor]) -> str:
-        """Sharded tensors are taken for those that were digested before they were sharded, unless one of them trains."""
-        trains = any(tensor.requires_grad for tensor in tensors.values())
-        sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
-        seen = None if sharded else {name: state_of(tensor) for name, tensor in tensors.items()}
-        if trains or not self.sha256 or (not sharded and seen != self.seen):
-            self.sha256, self.seen = digest(tensors), seen
-        return self.sha256
-
-
-def state_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Changes when the tensor is replaced, cast, moved, or written to in place."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, -1 if tensor.is_inference() else tensor._version
-
-
-@torch.no_grad()
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes; of sharded tensors all ranks together.
-
-    float16 and bfloat16 count as the float32 of the same value: nanochat holds in float32 on a CPU what it held in bfloat16
-    on CUDA, and an adapter fits both.
-    """
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The values, without their graph; a sharded tensor is gathered, which all ranks have to do together."""
-    gather = getattr(tensor.detach(), "full_tensor", tensor.detach)  # a DTensor's; to import that class takes a second
-    return gather()
-
-
-def on_first_rank(write: Callable[[], None]) -> None:
-    """Call `write` on rank 0 while the others wait; its exception is raised on all, so that none waits for ever."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return write()
-    outcome: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            write()
-        except Exception as error:
-            outcome[0] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
 
 
 def short_window(gpt: nn.Module) -> int | None:

@@ -17,7 +17,7 @@ from omni_adapters.data.manifest import ManifestRow, write_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
-from omni_adapters.model import describe_encoder
+from omni_adapters.fingerprints import describe_encoder
 
 
 @pytest.fixture

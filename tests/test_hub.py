@@ -33,7 +33,8 @@ from omni_adapters import OmniGPT, Projector, hub
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.encoders.whisper import WhisperEncoder
-from omni_adapters.hub import ADAPTER, UploadFailed, fetch_adapter, model_card, publish
+from omni_adapters.hub import ADAPTER, UploadFailed, fetch_adapter, publish
+from omni_adapters.model_card import UNWRITABLE, model_card
 from omni_adapters.shapes import BadInput
 
 REPO = "owner/ears"
@@ -522,4 +523,4 @@ def test_texts_are_shown_not_obeyed(license, language, datasets, base_model, nam
 
 def shown(text: str) -> str:
     """Words apart by single spaces; what no page can hold is a space too."""
-    return " ".join(hub.UNWRITABLE.sub(" ", text).split())
+    return " ".join(UNWRITABLE.sub(" ", text).split())

@@ -12,7 +12,7 @@ from hosts import fingerprint, nano_gpt, reference, tiny_hf
 from tiny_whisper import make_tiny_whisper
 from torch import Tensor, nn
 
-from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender, model
+from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender, fingerprints
 from omni_adapters.checkpoint import load_adapter, save_adapter
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
@@ -237,15 +237,15 @@ def test_a_file_that_does_not_say_the_encoders_dtype_still_loads(tmp_path: Path,
 
 
 def test_the_gpts_digest_is_computed_once_and_again_when_a_weight_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    omni, hashed, real = ears(reference()), [], model.digest
-    monkeypatch.setattr(model, "digest", lambda tensors: hashed.append(1) or real(tensors))
+    omni, hashed, real = ears(reference()), [], fingerprints.digest
+    monkeypatch.setattr(fingerprints, "digest", lambda tensors: hashed.append(1) or real(tensors))
 
     def now() -> str:
         hashed.clear()
         return omni.description()["host"]["sha256"]
 
     def fresh() -> str:
-        return model.describe_host(omni.prepender, model.Digest())["sha256"]
+        return fingerprints.describe_host(omni.prepender, fingerprints.Digest())["sha256"]
 
     first, weight = now(), omni.gpt.transformer["h"][0].mlp.c_fc.weight
     assert hashed and now() == first and not hashed

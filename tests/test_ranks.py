@@ -22,10 +22,11 @@ import torch.distributed as dist
 from hosts import nano_gpt, reference, tiny_hf
 from torch import Tensor, nn
 
+from omni_adapters.collective import whole
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.features import Features, pad_rows
 from omni_adapters.lora import lora_by_path
-from omni_adapters.model import OmniGPT, whole
+from omni_adapters.model import OmniGPT
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.ranks import (

@@ -48,7 +48,8 @@ from omni_adapters.data.clips import ClipSource
 from omni_adapters.data.epochs import Order
 from omni_adapters.data.manifest import read_manifest, write_manifest
 from omni_adapters.data.shards import ShardReader
-from omni_adapters.model import OmniGPT, digest
+from omni_adapters.fingerprints import digest
+from omni_adapters.model import OmniGPT
 from omni_adapters.training.hosts import SPECIALS, Host, WordTokenizer, open_host, save_reference
 from omni_adapters.training.sources import open_source
 from omni_adapters.training.turns import Turns

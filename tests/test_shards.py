@@ -21,8 +21,9 @@ pytest.importorskip("soundfile")
 from omni_adapters.data import shard_format
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.epochs import plan_epoch
-from omni_adapters.data.extract import _limit, write_shards
+from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import ManifestRow, read_manifest, write_manifest
+from omni_adapters.data.preflight import limit
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.features import Features, pad_rows
@@ -363,7 +364,7 @@ def test_the_limit_is_found(lens, most):
             if len(waveforms[0]) > most:
                 raise BadInput("preprocess", "a clip", f"{most}")
 
-    longest, _ = _limit(Limited(), lens)
+    longest, _ = limit(Limited(), lens)
     assert {n for n in lens if n > longest} == {n for n in lens if n > most}
 
 

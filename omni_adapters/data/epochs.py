@@ -14,6 +14,8 @@ Notable:
 from __future__ import annotations
 
 import heapq
+import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,6 +33,10 @@ class Step(NamedTuple):
     epoch: int
     step_in_epoch: int
     groups: list[list[int]]
+
+    def checksum(self) -> int:
+        """crc32 of the samples and how they are grouped: a log that has it tells which samples a step saw."""
+        return zlib.crc32(json.dumps(self.groups).encode())
 
 
 class Order:
@@ -109,6 +115,12 @@ def deal(groups: Sequence[list[int]], rank: int, num_ranks: int) -> list[list[in
         raise BadInput("deal", f"{len(groups)} groups for {num_ranks} ranks", "equally many groups for every rank",
                        f"make num_groups a multiple of {num_ranks}, or take a number of ranks that divides {len(groups)}")
     return list(groups[rank::num_ranks])
+
+
+def evenly(num_samples: int, most: int) -> list[int]:
+    """Up to `most` of the numbers 0 … num_samples − 1, spread evenly, ascending."""
+    count = min(num_samples, most)
+    return [place * num_samples // count for place in range(count)]
 
 
 def check_rank(where: str, rank: int, num_ranks: int) -> None:

@@ -5,8 +5,8 @@ Notable:
   of an undisturbed one.
 - A shard is finished when its sidecar and its sha256 say so; index.json is written last, so a folder that has one is
   complete. The form of the files is `shard_format`'s.
-- Bad clips are looked for before work is done, by their headers, and told of all at once. What only decoding or encoding
-  shows can be skipped: stored without frames, beside the reason.
+- Bad clips are looked for before work is done (`preflight`). What only decoding or encoding shows can be skipped: stored
+  without frames, beside the reason.
 - Memory is bounded by a shard.
 """
 
@@ -17,23 +17,19 @@ import math
 import os
 import sys
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from omni_adapters.data.audio import load_audio
 from omni_adapters.data.clips import at_lines, check_encoder, load_inputs
 from omni_adapters.data.epochs import check_rank, fill
 from omni_adapters.data.manifest import ManifestRow, common_folder, manifest_lines, manifest_sha256, portable_row
+from omni_adapters.data.preflight import refuse_bad
 from omni_adapters.data.shard_format import (
     DTYPES,
     FORMAT_VERSION,
@@ -55,12 +51,7 @@ from omni_adapters.data.shard_format import (
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.features import Features, check_form, check_values
 from omni_adapters.files import UNFINISHED, json_bytes, json_object, json_values, write_whole
-from omni_adapters.shapes import BadInput, MissingExtra, listing
-
-_USUAL_RATES = (8_000, 48_000)  # Hz; what load_audio takes at other rates, it says itself
-_LOOKS = 20_000  # files looked at for one line of progress
-_THREADS = 8
-_MOST = 20  # bad clips that a refusal tells of one by one
+from omni_adapters.shapes import BadInput, listing
 
 
 def write_shards(manifest_rows: Sequence[ManifestRow], encoder: AudioEncoder, out: str | os.PathLike[str], *,
@@ -106,7 +97,7 @@ def write_shards(manifest_rows: Sequence[ManifestRow], encoder: AudioEncoder, ou
     if len(todo) < len(own):
         say(f"{len(own) - len(todo)} of {len(own)} shards already finished")
     if on_bad == "refuse":
-        _refuse_bad(manifest_rows, [row for number in todo for row in row_numbers(config, number)], encoder, max_seconds, say)
+        refuse_bad(manifest_rows, [row for number in todo for row in row_numbers(config, number)], encoder, max_seconds, say)
     writer.out.mkdir(parents=True, exist_ok=True)
     for done, number in enumerate(todo, start=1):
         say(f"{tar_name(number)} ({done} of {len(todo)}): {writer.build(number)}")
@@ -124,85 +115,6 @@ class _Progress:
         before, self.began = self.began, time.monotonic()
         if self.wanted:
             print(f"write_shards {self.who}: {what}, {self.began - before:.1f} s", file=sys.stderr, flush=True)
-
-
-# --- looking for bad clips ---------------------------------------------------------------------------------------------
-
-def _refuse_bad(rows: Sequence[ManifestRow], numbers: Sequence[int], encoder: AudioEncoder, max_seconds: float,
-                say: _Progress) -> None:
-    """Refuse those of these rows that a look shows to be bad, all in one message."""
-    looks = _look_at({rows[number].audio for number in numbers}, encoder.sampling_rate, max_seconds, say)
-    longest, complaint = _limit(encoder, [samples for samples, bad in looks.values() if not bad])
-    faults = {}
-    for number in numbers:
-        row, (samples, bad) = rows[number], looks[rows[number].audio]
-        if row.seconds > max_seconds:
-            bad = bad or f"{row.seconds:g} s by the manifest, more than max_seconds = {max_seconds:g}"
-        elif samples > longest:
-            bad = bad or f"a clip of {samples / encoder.sampling_rate:g} s, {complaint}"
-        if bad:
-            faults[number] = bad
-    if faults:
-        lines = [f"\n  line {number + 1}: {rows[number].audio}, {bad}" for number, bad in list(faults.items())[:_MOST]]
-        more = f"\n  and {len(faults) - _MOST} more" if len(faults) > _MOST else ""
-        raise BadInput("write_shards", f"{len(faults)} of {len(numbers)} clips that cannot be encoded",
-                       f"audio that opens, has samples, and is no longer than max_seconds = {max_seconds:g} and what the "
-                       "encoder takes", "repair these files, leave their lines out if no shard is written yet, or go on with "
-                       f'on_bad="skip" (--skip-bad). By manifest line:{"".join(lines)}{more}')
-
-
-def _look_at(paths: set[str], sampling_rate: int, max_seconds: float, say: _Progress) -> dict[str, tuple[int, str]]:
-    """Path → `_look`. Opening files is waiting, on network drives above all: threads wait together."""
-    ordered = sorted(paths)
-    looks: dict[str, tuple[int, str]] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(0, len(ordered), _LOOKS):
-            some = ordered[first:first + _LOOKS]
-            looks.update(zip(some, pool.map(lambda path: _look(path, sampling_rate, max_seconds), some)))
-            say(f"looked at {len(looks)} of {len(ordered)} audio files")
-    return looks
-
-
-def _look(path: str, sampling_rate: int, max_seconds: float) -> tuple[int, str]:
-    """(samples at the encoder's rate, what is wrong or ""). Nobody is condemned by a header: where that looks odd,
-    `load_audio` decodes the file and decides."""
-    try:
-        soundfile = import_module("soundfile")
-    except ImportError as error:
-        raise MissingExtra("write_shards", "soundfile", "audio") from error
-    try:
-        with soundfile.SoundFile(path) as file:
-            usual = _USUAL_RATES[0] <= file.samplerate <= _USUAL_RATES[1] and "should be" not in file.extra_info
-            if usual and 0 < file.frames <= max_seconds * file.samplerate:
-                return file.frames * sampling_rate // file.samplerate, ""
-    except (RuntimeError, TypeError, OSError):  # load_audio has words for it
-        pass
-    try:
-        return len(load_audio(path, sampling_rate, max_seconds=max_seconds)), ""
-    except BadInput as error:
-        return 0, error.came
-
-
-def _limit(encoder: AudioEncoder, lens: Sequence[int]) -> tuple[float, str]:
-    """The most samples, of these numbers, that encoder.preprocess takes, and what it says of more; infinity if it takes all.
-
-    It is asked with a quiet tone of a few of these lengths. An encoder that refuses a length refuses longer ones.
-    """
-    complaints: dict[int, str] = {}
-
-    def refuses(samples: int) -> bool:
-        try:
-            with torch.no_grad():
-                encoder.preprocess([np.sin(np.arange(samples, dtype=np.float32)) / 10])
-        except BadInput as error:
-            complaints[samples] = f"where {error.where} expects {error.expected}"
-        return samples in complaints
-
-    ordered = sorted({samples for samples in lens if samples > 0})
-    if not ordered or not refuses(ordered[-1]):
-        return math.inf, ""
-    first = bisect_left(ordered, True, key=refuses)
-    return (ordered[first - 1] if first else 0), complaints[ordered[first]]
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------

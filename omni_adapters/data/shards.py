@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Sequence
@@ -172,11 +171,11 @@ def _read_index(path: Path) -> tuple[dict[str, Any], list[Shard], str]:
         raise BadInput("ShardReader", f"{path.parent}, which has no index.json", "a finished folder of shards",
                        "run write_shards until all ranks are done; it writes the index last")
     try:
-        content = json.loads(path.read_bytes())
+        content = json_object("ShardReader", str(path), path.read_bytes())
         config = dict(content["config"])
         version = config["version"]
         shards = _parse_shards(config, content["shards"]) if version == FORMAT_VERSION else []
-        sha256 = hashlib.sha256(json_bytes(index_values(config, shards))).hexdigest()  # NaN is refused, too
+        sha256 = hashlib.sha256(json_bytes(index_values(config, shards))).hexdigest()
     except MALFORMED as error:
         raise BadInput("ShardReader", f"{path}, which is damaged ({error!r})", "an index as write_shards writes it",
                        "run write_shards again") from error

@@ -66,7 +66,7 @@ def fetch_weights(where: str, candidates: Iterable[str | Path], required: Iterab
         try:
             directory = load(required)
         except Exception as error:  # whatever a hub's client throws: the next candidate may do
-            failures.append(f"{label}: {_reason(error)}")
+            failures.append(f"{label}: {in_one_line(error)}")
         else:
             return Weights(directory, source)
     raise WeightsUnavailable(where, failures, todo)
@@ -115,7 +115,7 @@ def _from_hub(snapshot: Callable[[str, bool], str], name: str, required: Iterabl
         return _complete(Path(snapshot(name, True)), required)
     except Exception as error:  # not cached, or only in part
         if constants.HF_HUB_OFFLINE:
-            raise FileNotFoundError(f"HF_HUB_OFFLINE is set and no whole copy is cached ({_reason(error)})") from error
+            raise FileNotFoundError(f"HF_HUB_OFFLINE is set and no whole copy is cached ({in_one_line(error)})") from error
     return _complete(Path(snapshot(name, False)), required)
 
 
@@ -135,7 +135,7 @@ def _hugging_face(name: str, local_files_only: bool) -> str:
         try:
             api.model_info(name, timeout=PREFLIGHT_TIMEOUT)
         except Exception as error:  # some of them do not say whom they asked
-            raise ConnectionError(f"{api.endpoint}: {_reason(error)}") from error
+            raise ConnectionError(f"{api.endpoint}: {in_one_line(error)}") from error
     return snapshot_download(name, allow_patterns=WANTED_FILES, local_files_only=local_files_only,
                              etag_timeout=PREFLIGHT_TIMEOUT)
 
@@ -152,6 +152,6 @@ def _modelscope(name: str, local_files_only: bool) -> str:
     return snapshot_download(name, allow_patterns=WANTED_FILES, local_files_only=local_files_only)
 
 
-def _reason(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An error in one line: its type, and the beginning of what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from omni_adapters.collective import is_sharded, whole
 from omni_adapters.shapes import BadInput, listing, shape
 
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}  # a bool is an int, too: the first that fits counts
@@ -55,9 +56,9 @@ def gather_state(trained: Mapping[str, Tensor], optimizer: Optimizer) -> dict[st
     states = {name: dict(_labelled(where, name, tensor, optimizer)) for name, tensor in trained.items()}
     found = {}
     for name, tensor in trained.items():
-        found[f"trained.{name}"] = _whole(tensor)
+        found[f"trained.{name}"] = _copy(tensor)
         for label in sorted(states[name]):  # one order on all ranks, wherever their state came from
-            found[f"optimizer.{name}.{label}"] = _whole(states[name][label])
+            found[f"optimizer.{name}.{label}"] = _copy(states[name][label])
     return found
 
 
@@ -110,7 +111,7 @@ def _labelled(where: str, name: str, parameter: Tensor, optimizer: Optimizer) ->
         if not isinstance(key, str) or not key or "." in key or ":" in key:
             raise BadInput(where, came.rstrip(), "keys that are text without '.' and ':'", "names are made of them")
         if isinstance(value, Tensor):
-            _check_sharding(where, came, parameter, value, _is_sharded(value))
+            _check_sharding(where, came, parameter, value, is_sharded(value))
             yield key, value
         elif isinstance(value, bool | int | float):
             kind = next(kind for kind in NUMBERS if isinstance(value, kind))
@@ -121,21 +122,14 @@ def _labelled(where: str, name: str, parameter: Tensor, optimizer: Optimizer) ->
 
 def _check_sharding(where: str, came: str, parameter: Tensor, value: Tensor, sharded: bool) -> None:
     """Beside a sharded parameter, state is sharded alike or one value: anything else is a rank's own affair."""
-    if _is_sharded(parameter) and value.ndim and not (sharded and value.shape == parameter.shape):
+    if is_sharded(parameter) and value.ndim and not (sharded and value.shape == parameter.shape):
         raise BadInput(where, f"{came}that is {_form(value)}, beside a sharded parameter of {_form(parameter)}",
                        "a DTensor of its shape, or a 0-d tensor", "train it unsharded, or with another optimizer")
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. By its method: not every build of torch has the class."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A copy with memory of its own, since training goes on."""
-    tensor = tensor.detach()
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _copy(tensor: Tensor) -> Tensor:
+    """The whole of it, with memory of its own, since training goes on."""
+    return whole(tensor).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 # Checking
@@ -248,7 +242,7 @@ class _StandIns:
 def _placed_like(like: Tensor, whole: Tensor) -> Tensor:
     """`whole`, which each rank has, as a DTensor where `like` is one; without communication."""
     whole = whole.to(like.device)
-    if not _is_sharded(like):
+    if not is_sharded(like):
         return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -34,8 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from omni_adapters.anatomy import unwrap
+from omni_adapters.collective import whole
+from omni_adapters.fingerprints import describe_host
 from omni_adapters.lora import relink_bases
-from omni_adapters.model import OmniGPT, describe_host, whole
+from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput, listing
 
 Engine = Literal["ddp", "fsdp2"]

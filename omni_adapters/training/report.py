@@ -13,9 +13,10 @@ from torch import Tensor
 
 from omni_adapters import __version__
 from omni_adapters.anatomy import table, unwrap
+from omni_adapters.collective import whole
 from omni_adapters.data.clips import ClipSource
 from omni_adapters.files import write_whole
-from omni_adapters.model import OmniGPT, whole
+from omni_adapters.model import OmniGPT
 from omni_adapters.training.pictures import draw_pca, draw_run
 from omni_adapters.training.ranks import Ranks
 from omni_adapters.training.run_folder import RunFolder

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from omni_adapters.data.clips import Batch, ClipSource, Kind, ManifestClips
+from omni_adapters.data.epochs import evenly
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.descriptions import differences
@@ -17,7 +18,7 @@ from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import Features
-from omni_adapters.model import describe_encoder
+from omni_adapters.fingerprints import describe_encoder
 from omni_adapters.shapes import BadInput, listing
 
 
@@ -68,8 +69,7 @@ def fit_encoder(encoder: AudioEncoder, source: ClipSource, num_clips: int = 500)
     """Set a LogMelEncoder's mean and std per band from up to `num_clips` clips, spread evenly over the source; encoders with
     weights of their own stay as they are. The same clips give the same statistics on every rank and after a kill."""
     if isinstance(encoder, LogMelEncoder):
-        count = min(num_clips, len(source))
-        encoder.fit_statistics(source.load_batch([number * len(source) // count])[0] for number in range(count))
+        encoder.fit_statistics(source.load_batch([number])[0] for number in evenly(len(source), num_clips))
 
 
 def identity(encoder: AudioEncoder) -> dict[str, Any]:

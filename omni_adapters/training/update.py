@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import tee
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni_adapters.data.clips import ClipSource
-from omni_adapters.data.epochs import Order
+from omni_adapters.data.clips import Batch, ClipSource, loader
+from omni_adapters.data.epochs import Order, Step, deal, evenly
 from omni_adapters.features import Features, features_to
 from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput
@@ -59,18 +60,26 @@ def check_start(order: Order, sources: Sequence[ClipSource], turns: Turns, ranks
 
 def check_rows(source: ClipSource, turns: Turns, stack: int, position_limit: int | None) -> None:
     """Up to MAX_ROWS rows, spread evenly: each has words, and room for them beside its sound and, read, beside its transcript."""
-    count = min(len(source), MAX_ROWS)
-    for number in (place * len(source) // count for place in range(count)):
+    for number in evenly(len(source), MAX_ROWS):
         row = source.row(number)
         soft = -(-int(source.lens[number]) // stack)
-        longest = max(soft + len(turns.batch([row])[0][0]), len(turns.batch([row], read=True)[0][0]))
+        (asked, answer), (read, _) = turns.parts(row, False), turns.parts(row, True)
+        longest = max(soft + len(asked), len(read)) + len(answer) - 1  # the last token is only ever a target
         if position_limit is not None and longest > position_limit:
             raise BadInput("check_rows", f"{row['audio']} with {longest} positions, {soft} of them sound",
                            f"at most {position_limit}, which the GPT has", "cut the clip, or raise --stack")
 
 
+def planned_batches(order: Order, source: ClipSource, ranks: Ranks, epoch: int, step_in_epoch: int, *,
+                    num_workers: int = 0) -> Iterator[tuple[Step, list[Batch]]]:
+    """Every step from `step_in_epoch` of `epoch` on, without end, and this rank's micro-batches of it, loaded ahead."""
+    plan, ahead = tee(order.steps(epoch, step_in_epoch))
+    shares = (deal(step.groups, ranks.rank, ranks.num_ranks) for step in ahead)
+    yield from zip(plan, loader(source, shares, num_workers=num_workers))
+
+
 def train_step(model: nn.Module, omni: OmniGPT, optimizer: torch.optim.Optimizer, turns: Turns, ranks: Ranks,
-               batches: Sequence[tuple[Features, list[dict[str, Any]]]], micro_loss: MicroLoss, *, seeds: tuple[int, int],
+               batches: Sequence[Batch], micro_loss: MicroLoss, *, seeds: tuple[int, int],
                clip: float, bf16: bool = False) -> dict[str, float]:
     """One update from this rank's micro-batches (sound, rows). Every rank returns the same: {"loss" in nats a token,
     "tokens" graded, "grad_norm" before clipping to `clip`}.

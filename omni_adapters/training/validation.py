@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from omni_adapters.data.clips import ClipSource
-from omni_adapters.data.epochs import Order
+from omni_adapters.data.epochs import Order, evenly
 from omni_adapters.features import Features, features_to, select
 from omni_adapters.generate import generate_batch
 from omni_adapters.lora import lora_disabled
@@ -91,8 +91,7 @@ class Tally:
 def batches(source: ClipSource, max_tokens: int, max_rows: int) -> list[list[int]]:
     """Up to max_rows samples, spread evenly over the source, in batches of two or more: one alone has nobody to swap with,
     so a neighbour lends it a clip. Only two or three long clips together exceed max_tokens."""
-    count = min(len(source), max_rows)
-    chosen = [number * len(source) // count for number in range(count)]
+    chosen = evenly(len(source), max_rows)
     order = Order(source.lens[chosen], max_tokens=max_tokens, seed=0, num_groups=1)
     found: list[list[int]] = []
     for step in order.epoch(0):
@@ -148,15 +147,6 @@ def loss_of(result: Any) -> Tensor:
     loss = result[1] if isinstance(result, tuple) else result.loss
     assert isinstance(loss, Tensor)
     return loss
-
-
-def logits_of(result: Any) -> Tensor:
-    """The logits in what a host returns without targets: themselves, (logits, …), or an output with `.logits`."""
-    if isinstance(result, Tensor):
-        return result
-    logits = result[0] if isinstance(result, tuple) else result.logits
-    assert isinstance(logits, Tensor)
-    return logits
 
 
 def silence(omni: OmniGPT, features: Features) -> Features:
