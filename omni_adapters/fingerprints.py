@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.collective import is_sharded, whole
-from omni_adapters.encoders.protocol import AudioEncoder
+from omni_adapters.encoders.protocol import AudioEncoder, Encoder
 from omni_adapters.prepender import SoftTokenPrepender
 
 
@@ -44,15 +44,16 @@ def describe_host(prepender: SoftTokenPrepender, sha256: Digest) -> dict[str, An
             "sha256": sha256.of(state)}
 
 
-def describe_encoder(encoder: AudioEncoder) -> dict[str, Any]:
-    """What it is, where it came from, and a digest of its weights, None where it has none; `dtype` where that is not
-    float32."""
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """What it is, where it came from, and a digest of its weights, None where it has none; its rates where it hears;
+    `dtype` where that is not float32."""
     parameters = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
     weights = encoder.state_dict() if isinstance(encoder, nn.Module) and parameters else {}
     source = getattr(encoder, "source", None)
-    described = {"type": type(encoder).__name__, "source": None if source is None else str(source),
-                 "d_model": encoder.d_model, "frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate,
-                 "sha256": digest(weights) if weights else None}
+    described: dict[str, Any] = {"type": type(encoder).__name__, "source": None if source is None else str(source),
+                                 "d_model": encoder.d_model, "sha256": digest(weights) if weights else None}
+    if isinstance(encoder, AudioEncoder):
+        described |= {"frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate}
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
     return described if dtypes <= {"float32"} else described | {"dtype": ", ".join(sorted(dtypes))}
 

@@ -1,12 +1,13 @@
-"""One module to train, wrap, compile and save: the GPT, its ears, and LoRA where there is some.
+"""One module to train, wrap, compile and save: the GPT, its senses, and LoRA where there is some.
 
-    waveforms ─► encoder ─► projector ─► SoftTokenPrepender ─► the unedited GPT (+ LoRA) ─► loss | logits | text
+    waveforms ─► encoder ─► projector ─┐
+    images    ─► encoder ─► projector ─┴─► SoftTokenPrepender ─► the unedited GPT (+ LoRA) ─► loss | logits | text
 
 Notable:
-- the GPT and the encoder are frozen from the start; what trains is the projector, learned side rows, and LoRA
-- `audio` may enter at three places: as waveforms, as encoder inputs (made by DataLoader workers), as cached features
+- the GPT and the encoders are frozen from the start; what trains are projectors, learned side rows, and LoRA
+- a signal may enter at three places: as it is, as encoder inputs (made by DataLoader workers), as cached features
 - an adapter is one file: everything trained, and a description of what it was trained with (`checkpoint`)
-- every forward takes the same way, with sound or without: the projector runs once, then the GPT, and in training a gradient
+- every forward takes the same way, with sound or without: each projector runs once, then the GPT, and in training a gradient
   reaches all that trains. Where processes share the weights they meet in the same order whatever each one hears
 """
 
@@ -26,9 +27,9 @@ from omni_adapters.checkpoint import load_adapter, save_adapter
 from omni_adapters.collective import on_first_rank, whole
 from omni_adapters.descriptions import check_same
 from omni_adapters.encoders.log_mel import LogMelEncoder
-from omni_adapters.encoders.protocol import AudioEncoder
+from omni_adapters.encoders.protocol import AudioEncoder, Encoder
 from omni_adapters.encoders.whisper import WhisperEncoder
-from omni_adapters.features import Features, features_to
+from omni_adapters.features import Features
 from omni_adapters.fingerprints import Digest, describe_encoder, describe_host
 from omni_adapters.hooks import ValueEmbeds
 from omni_adapters.hub import fetch_adapter, publish
@@ -36,6 +37,7 @@ from omni_adapters.lora import LoRALinear, inject_at, inject_lora, keeping_dtype
 from omni_adapters.model_card import model_card
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
+from omni_adapters.senses import Sense, Signal, carrying, encoder_statistics, no_clips
 from omni_adapters.shapes import BadInput
 from omni_adapters.splice import SoftTokens
 
@@ -54,39 +56,50 @@ RATES = {  # AdamW learning rates that the field uses: LLaVA (arXiv:2304.08485) 
 
 
 class OmniGPT(nn.Module):
-    """A GPT that hears.
+    """A GPT that hears, and sees where it has eyes.
 
     gpt:          any host a SoftTokenPrepender reads. Every parameter it came with is frozen; `remove` gives the flags back.
     audio:        (encoder, projector); projector.in_dim is encoder.d_model, projector.out_dim the GPT's n_embd.
-    placeholders: {"audio": id} puts one clip at each occurrence of id in idx, read row by row; None puts one clip per row
-                  before text position `insert_at`.
+    image:        the same for a second sense, or None. Its encoder has `d_model`, `preprocess` and a call (`Encoder`).
+    placeholders: {"audio": id, "image": id}, one for each sense, puts one clip at each occurrence of its id in idx, read row
+                  by row; None, for ears alone, puts one clip per row before text position `insert_at`.
     value_embeds, insert_at: as in SoftTokenPrepender.
 
     Sound is given to `forward` and `generate` in one of three forms: `audio`, a list of 1-D waveforms, None for a row
     without sound (never with placeholders); `audio_inputs`, what encoder.preprocess returned; `audio_features`, what the
-    encoder returned. Raises BadInput; the GPT is then as it came.
+    encoder returned. So are images: `image`, a list of what the encoder's preprocess takes, `image_inputs`,
+    `image_features`. Raises BadInput; the GPT is then as it came.
     """
 
-    def __init__(self, gpt: nn.Module, audio: tuple[AudioEncoder, Projector], *, placeholders: Mapping[str, int] | None = None,
-                 value_embeds: ValueEmbeds = "zero", insert_at: int = 0) -> None:
+    encoder: AudioEncoder
+    projector: Projector
+    image_encoder: Encoder
+    image_projector: Projector
+
+    def __init__(self, gpt: nn.Module, audio: tuple[AudioEncoder, Projector], image: tuple[Encoder, Projector] | None = None, *,
+                 placeholders: Mapping[str, int] | None = None, value_embeds: ValueEmbeds = "zero", insert_at: int = 0) -> None:
         super().__init__()
-        encoder, projector = audio
-        if placeholders is not None and set(placeholders) != {"audio"}:
-            raise BadInput("OmniGPT", f"placeholders for {sorted(placeholders)}", "{'audio': id}")
+        check_placeholders(placeholders, ("audio",) if image is None else ("audio", "image"))
         prepender = SoftTokenPrepender(gpt, value_embeds=value_embeds, insert_at=insert_at)
         try:
-            check_widths(encoder, projector, prepender.anatomy.n_embd)
+            Sense("audio", *audio).check(prepender.anatomy.n_embd)
+            if image is not None:
+                Sense("image", *image).check(prepender.anatomy.n_embd)
         except BadInput:
             prepender.remove()
             raise
-        self.encoder, self.projector, self.prepender = encoder, projector, prepender
+        self.encoder, self.projector = audio
+        self.has_eyes = image is not None
+        if image is not None:
+            self.image_encoder, self.image_projector = image
+        self.prepender = prepender
         self.placeholders = None if placeholders is None else dict(placeholders)
         self.own_lora = False
         self.host_digest = Digest()
         self.flags = {name: p.requires_grad for name, p in gpt.named_parameters()}
         gpt.requires_grad_(False)
-        if isinstance(encoder, nn.Module):
-            encoder.requires_grad_(False).eval()
+        for sense in self.senses().values():
+            sense.freeze()
         for layer in self.lora():
             layer.lora_a.requires_grad_(True)
             layer.lora_b.requires_grad_(True)
@@ -95,90 +108,76 @@ class OmniGPT(nn.Module):
     def gpt(self) -> nn.Module:
         return self.prepender.gpt
 
+    def senses(self) -> dict[str, Sense]:
+        """By name, always in one order: "audio", then "image" where there is one."""
+        eyes = {"image": Sense("image", self.image_encoder, self.image_projector)} if self.has_eyes else {}
+        return {"audio": Sense("audio", self.encoder, self.projector)} | eyes
+
     def forward(self, idx: Tensor, targets: Tensor | None = None, audio: Waveforms | None = None, *,
-                audio_inputs: Features | None = None, audio_features: Features | None = None, **gpt_kwargs: Any) -> Any:
-        """What the GPT returns for `idx` (B, T) and `targets`, having heard: logits (B, T, vocab_size) or the loss.
+                audio_inputs: Features | None = None, audio_features: Features | None = None,
+                image: Sequence[Any] | None = None, image_inputs: Features | None = None,
+                image_features: Features | None = None, **gpt_kwargs: Any) -> Any:
+        """What the GPT returns for `idx` (B, T) and `targets`, having heard and seen: logits (B, T, vocab_size) or the loss.
 
         A batch without sound is the bare GPT's, bit for bit, unless it trains: then it runs with soft tokens of length 0,
         so that its loss, or what is made of its logits, has a gradient, of zero, for all that hears.
         """
-        features = self.features(idx.size(0), audio, audio_inputs, audio_features)
-        soft = self.project(features, idx.size(0))
-        if features is None and self.training and torch.is_grad_enabled():
-            targets = self.check_silent(idx, targets, soft, gpt_kwargs.get("loss_reduction", "mean"))
-            return self.prepender(idx, targets, soft, **gpt_kwargs)
+        features = self.features(idx.size(0), Signal(audio, audio_inputs, audio_features),
+                                 Signal(image, image_inputs, image_features))
+        soft = {name: self.project(found, idx.size(0), name) for name, found in features.items()}
+        idle = [name for name, found in features.items() if found is None]
+        if idle and self.training and torch.is_grad_enabled():
+            carrier = next((name for name, found in features.items() if found is not None), "audio")
+            soft[carrier] = carrying(soft[carrier], [soft[name] for name in idle if name != carrier])
+            if features[carrier] is None:
+                targets = self.check_silent(idx, targets, soft, gpt_kwargs.get("loss_reduction", "mean"))
+                return self.prepender(idx, targets, soft[carrier], **gpt_kwargs)
         return self.prepender(idx, targets, self.placed(features, soft), **gpt_kwargs)
 
-    def check_silent(self, idx: Tensor, targets: Tensor | None, soft: Features, reduction: str) -> Tensor | None:
+    def check_silent(self, idx: Tensor, targets: Tensor | None, soft: Mapping[str, Features], reduction: str) -> Tensor | None:
         """Placeholders get no clips: one in idx is refused, one in targets not graded."""
-        clips = self.placed(None, soft)
+        clips = self.placed(dict.fromkeys(soft), soft)
         if clips is None:
             return targets
         self.prepender.columns("OmniGPT", idx, clips)
         return None if targets is None else self.prepender.graded("OmniGPT", idx, targets, clips, reduction)
 
     def train(self, mode: bool = True) -> OmniGPT:
-        """The encoder stays in eval: what it says of a clip must not depend on chance or on the batch."""
+        """Encoders stay in eval: what one says of a clip must not depend on chance or on the batch."""
         super().train(mode)
-        if isinstance(self.encoder, nn.Module):
-            self.encoder.eval()
+        for sense in self.senses().values():
+            if isinstance(sense.encoder, nn.Module):
+                sense.encoder.eval()
         return self
 
     def generate(self, tokens: list[int], audio: Waveforms | None = None, *, audio_inputs: Features | None = None,
-                 audio_features: Features | None = None, max_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, seed: int = 42) -> Iterator[int]:
+                 audio_features: Features | None = None, image: Sequence[Any] | None = None,
+                 image_inputs: Features | None = None, image_features: Features | None = None, max_tokens: int,
+                 temperature: float = 1.0, top_k: int | None = None, seed: int = 42) -> Iterator[int]:
         """Stream token ids after one prompt, as `SoftTokenPrepender.generate`. Call `eval()` first where LoRA has dropout."""
         with torch.no_grad():
-            features = self.features(1, audio, audio_inputs, audio_features)
-            soft = self.placed(features, self.project(features, 1))
+            features = self.features(1, Signal(audio, audio_inputs, audio_features), Signal(image, image_inputs, image_features))
+            soft = self.placed(features, {name: self.project(found, 1, name) for name, found in features.items()})
         return self.prepender.generate(tokens, soft, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
 
-    def features(self, num_rows: int, audio: Waveforms | None = None, audio_inputs: Features | None = None,
-                 audio_features: Features | None = None) -> Features | None:
-        """Sound in any of its forms → features (B, T, d_model), one row a clip; None where there is not one frame."""
-        given = [name for name, value in (("audio", audio), ("audio_inputs", audio_inputs),
-                                          ("audio_features", audio_features)) if value is not None]
-        if len(given) > 1:
-            raise BadInput("OmniGPT", " and ".join(given), "one form of sound")
-        if audio is not None and self.placeholders is None and len(audio) != num_rows:
-            raise BadInput("OmniGPT", f"{len(audio)} clips for {num_rows} rows of idx", "one per row, or None for silence")
-        features = audio_features
-        if audio is not None:
-            features = self.encode(audio)
-        elif audio_inputs is not None:
-            features = self.encoder(audio_inputs)
-        return None if features is None or not features.values.numel() else features
+    def features(self, num_rows: int, audio: Signal, image: Signal) -> dict[str, Features | None]:
+        """Features (B, T, d_model) of each sense, None where it got nothing."""
+        if not self.has_eyes and any(form is not None for form in image):
+            raise BadInput("OmniGPT", "an image", "a GPT with eyes", "build it with OmniGPT(…, image=(encoder, projector))")
+        rows = num_rows if self.placeholders is None else None
+        return {name: sense.features({"audio": audio, "image": image}[name], rows) for name, sense in self.senses().items()}
 
-    def project(self, features: Features | None, num_rows: int) -> Features:
-        """Features → soft tokens; silence → one of length 0 for each row. The projector runs either way: where it is
-        sharded, processes that hear and processes that do not have to meet in it.
+    def project(self, features: Features | None, num_rows: int, sense: str = "audio") -> Features:
+        """Features → soft tokens; nothing → one of length 0 for each row."""
+        return self.senses()[sense].soft_tokens(features, num_rows, self.prepender.device())
 
-        float16 is for storing: gradients of soft tokens near zero, where the GPT's norm is steepest, pass its 65,504."""
-        if features is None:
-            silence = torch.zeros(num_rows, 1, self.encoder.d_model, device=self.prepender.device())
-            features = Features(silence, torch.zeros(num_rows, dtype=torch.int64, device=silence.device))
-        dtype = self.projector.fc1.weight.dtype if features.values.dtype is torch.float16 else features.values.dtype
-        return self.projector(features_to(features, self.prepender.device(), dtype))
-
-    def placed(self, features: Features | None, soft: Features) -> SoftTokens | None:
-        """What the prepender takes: `soft`, at placeholders where there are some. Where nothing is heard None, or no clip
-        for any placeholder, so that one without its clip is refused, not read as text."""
+    def placed(self, features: Mapping[str, Features | None], soft: Mapping[str, Features]) -> SoftTokens | None:
+        """What the prepender takes: soft tokens, at placeholders where there are some. Where nothing is heard None, or no
+        clip for any placeholder, so that one without its clip is refused, not read as text."""
         if self.placeholders is None:
-            return None if features is None else soft
-        return {self.placeholders["audio"]: Features(soft.values[:0], soft.lens[:0]) if features is None else soft}
-
-    def encode(self, audio: Waveforms) -> Features | None:
-        """Waveforms → features (B, T, d_model); rows of None get length 0. None where every row is None."""
-        heard = [row for row, clip in enumerate(audio) if clip is not None]
-        if not heard:
-            return None
-        if len(heard) < len(audio) and self.placeholders is not None:
-            raise BadInput("OmniGPT", f"{len(audio) - len(heard)} clips that are None", "a clip for each placeholder",
-                           "leave the placeholder out of a row without sound")
-        values, lens = self.encoder(self.encoder.preprocess([clip for clip in audio if clip is not None]))
-        rows = torch.tensor(heard, device=values.device)
-        whole = values.new_zeros(len(audio), *values.shape[1:]).index_copy(0, rows, values)
-        return Features(whole, lens.new_zeros(len(audio)).index_copy(0, rows, lens))
+            return None if features["audio"] is None else soft["audio"]
+        clips = {name: no_clips(soft[name]) if found is None else soft[name] for name, found in features.items()}
+        return {self.placeholders[name]: clip for name, clip in clips.items()}
 
     # ---- what is trained ----------------------------------------------------------------------------------------------
 
@@ -193,23 +192,27 @@ class OmniGPT(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> OmniGPT:
         """A cast (`omni.bfloat16()`) is of what is frozen: what trains moves with it, but keeps its dtype, fp32."""
-        masters = [*self.projector.parameters(), *self.prepender.side_rows.values()]
+        projectors = [sense.projector for sense in self.senses().values()]
+        masters = [*(p for projector in projectors for p in projector.parameters()), *self.prepender.side_rows.values()]
         return super()._apply(keeping_dtype(fn, masters), recurse)  # LoRALinear does so for its own
 
     def trained(self) -> dict[str, Tensor]:
         """Every tensor of the adapter by its name in the file."""
-        found: dict[str, Tensor] = {f"projector.{name}": p for name, p in self.projector.named_parameters()}
+        found: dict[str, Tensor] = {}
+        for sense in self.senses().values():
+            found |= {f"{prefix(sense)}projector.{name}": p for name, p in sense.projector.named_parameters()}
         found |= {f"side_rows.{name}": p for name, p in self.prepender.side_rows.items()}
         for path, layer in lora_by_path(self.gpt).items():
             found |= {f"lora.{path}.lora_a": layer.lora_a, f"lora.{path}.lora_b": layer.lora_b}
-        if isinstance(self.encoder, nn.Module) and not list(self.encoder.parameters()):
-            found |= {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}  # fitted statistics
+        for sense in self.senses().values():
+            found |= {f"{prefix(sense)}encoder.{name}": value for name, value in encoder_statistics(sense.encoder).items()}
         return found
 
     def trainable_parameters(self) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer, each with its `name` and a learning rate: `RATES["align"]` where only the
-        projector (and side rows) train, `RATES["instruct"]` with LoRA."""
-        rates = RATES["instruct" if self.lora() else "align"]
+        """Parameter groups for an optimizer, each with its `name` and a learning rate: `RATES["align"]` where only
+        projectors (and side rows) train, `RATES["instruct"]` with LoRA."""
+        rates = dict(RATES["instruct" if self.lora() else "align"])
+        rates["image_projector"] = rates["projector"]
         groups: dict[str, list[Tensor]] = {name: [] for name in rates}
         for name, tensor in self.trained().items():
             if tensor.requires_grad:
@@ -232,13 +235,11 @@ class OmniGPT(nn.Module):
         anatomy, stack = self.prepender.anatomy, getattr(self.projector, "stack", 1)
         per_second = self.encoder.frame_rate / stack
         clip, window, limit = round(30 * per_second), short_window(self.gpt), anatomy.position_limit
-        encoder = parameters_of(self.encoder)
         lora, host = self.lora(), type(unwrap(self.gpt)).__name__.removeprefix("FSDP")  # fully_shard renames the class
         trains = sum(group_size(group) for group in self.trainable_parameters())
         lines = [
             f"GPT        {host}: {parameters_of(self.gpt) - lora_size(lora):,} parameters, frozen",
-            f"encoder    {type(self.encoder).__name__}: {encoder:,} parameters, frozen",
-            f"projector  {self.encoder.d_model} × {stack} → {anatomy.n_embd}: {parameters_of(self.projector):,} parameters",
+            *(line for sense in self.senses().values() for line in told(sense)),
             f"LoRA       {f'rank {lora[0].rank} on {len(lora)} layers: {lora_size(lora):,} parameters' if lora else 'none'}",
             f"trained    {trains:,} parameters",
             f"sound      {per_second:g} soft tokens a second; a clip of 30 s takes {clip} positions"
@@ -261,12 +262,11 @@ class OmniGPT(nn.Module):
         settings = lora_settings(list(lora.values()), "OmniGPT") | {"paths": list(lora)} if lora else None
         return {
             "host": describe_host(self.prepender, self.host_digest),
-            "encoder": describe_encoder(self.encoder),
-            "projector": {name: getattr(self.projector, name) for name in ("in_dim", "out_dim", "hidden_dim", "stack")},
+            **described(self.senses()["audio"]),
             "value_embeds": self.prepender.value_embeds, "insert_at": self.prepender.insert_at,
             "placeholders": self.placeholders,
             "lora": settings,
-        }
+        } | {name: described(sense) for name, sense in self.senses().items() if name != "audio"}
 
     def save_adapter(self, path: str | os.PathLike[str]) -> None:
         """Everything trained, in one safetensors file that replaces `path` whole or not at all (docs/adapter_format.md).
@@ -280,25 +280,36 @@ class OmniGPT(nn.Module):
 
     @classmethod
     def load_adapter(cls, path: str | os.PathLike[str], gpt: nn.Module, *, encoder: AudioEncoder | None = None,
-                     any_weights: bool = False) -> OmniGPT:
-        """The OmniGPT that `save_adapter` wrote, around `gpt`; `encoder` defaults to the one the file names.
+                     image_encoder: Encoder | None = None, any_weights: bool = False) -> OmniGPT:
+        """The OmniGPT that `save_adapter` wrote, around `gpt`; `encoder` defaults to the one the file names, `image_encoder`
+        has to be given where the file names one.
 
         All or nothing. Refuses (BadInput) a broken file, and a GPT or encoder of other sizes or, unless `any_weights`,
         of other weights than the adapter was trained with; both sides are named. Shard or wrap the OmniGPT afterwards.
         """
         where = f"OmniGPT.load_adapter({os.fspath(path)})"
         tensors, saved = load_adapter(path)
-        if set(saved) != SAVED:
+        if set(saved) - {"image"} != SAVED:
             raise BadInput(where, f"a description of {sorted(saved)}", str(sorted(SAVED)), "save it with OmniGPT.save_adapter")
-        encoder = build_encoder(where, saved["encoder"]) if encoder is None else encoder
-        if isinstance(encoder, nn.Module) and not list(encoder.parameters()):
-            encoder = copy.deepcopy(encoder)  # the adapter's statistics must not reach others that use it
-        omni = cls(gpt, (encoder, Projector(**saved["projector"])), placeholders=saved["placeholders"],
-                   value_embeds=saved["value_embeds"], insert_at=saved["insert_at"])
+        eyes = saved.get("image")
+        if eyes is None and image_encoder is not None:
+            raise BadInput(where, "an image_encoder for an adapter of ears alone", "none")
+        audio = own_copy(build_encoder(where, saved["encoder"]) if encoder is None else encoder), Projector(**saved["projector"])
+        image = None
+        if eyes is not None:
+            if image_encoder is None:
+                raise BadInput(where, f"an adapter trained with eyes, {eyes['encoder']['type']}", "its encoder",
+                               "pass it: load_adapter(path, gpt, image_encoder=…)")
+            image = own_copy(image_encoder), Projector(**eyes["projector"])
+        omni = cls(gpt, audio, image, placeholders=saved["placeholders"], value_embeds=saved["value_embeds"],
+                   insert_at=saved["insert_at"])
         try:
-            omni.projector.to(omni.prepender.device())
-            here = {"host": describe_host(omni.prepender, omni.host_digest), "encoder": describe_encoder(encoder)}
-            theirs = {name: dict(saved[name]) for name in here}
+            for sense in omni.senses().values():
+                sense.projector.to(omni.prepender.device())
+            here = {"host": describe_host(omni.prepender, omni.host_digest), "encoder": describe_encoder(audio[0])}
+            theirs = {"host": dict(saved["host"]), "encoder": dict(saved["encoder"])}
+            if image is not None and eyes is not None:
+                here["image_encoder"], theirs["image_encoder"] = describe_encoder(image[0]), dict(eyes["encoder"])
             for side in (*here.values(), *theirs.values()):
                 side.pop("source", None)  # the same weights may come from another place
                 side.pop("dtype", None)   # the digest knows it
@@ -341,23 +352,48 @@ class OmniGPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], gpt: nn.Module, *, encoder: AudioEncoder | None = None,
-                        revision: str | None = None, token: str | bool | None = None, any_weights: bool = False) -> OmniGPT:
+                        image_encoder: Encoder | None = None, revision: str | None = None, token: str | bool | None = None,
+                        any_weights: bool = False) -> OmniGPT:
         """The OmniGPT that `push_to_hub` uploaded, or that lies in a folder as adapter.safetensors, around `gpt`.
 
         source, revision, token: as in `hub.fetch_adapter`. The rest, and what is refused: as in `load_adapter`.
         """
         path = fetch_adapter(source, revision=revision, token=token)
-        return cls.load_adapter(path, gpt, encoder=encoder, any_weights=any_weights)
+        return cls.load_adapter(path, gpt, encoder=encoder, image_encoder=image_encoder, any_weights=any_weights)
 
 
-def check_widths(encoder: AudioEncoder, projector: Projector, n_embd: int) -> None:
-    if not isinstance(encoder, AudioEncoder):
-        raise BadInput("OmniGPT", f"an encoder of type {type(encoder).__name__}",
-                       "an AudioEncoder: sampling_rate, d_model, frame_rate, preprocess and a call")
-    if projector.in_dim != encoder.d_model:
-        raise BadInput("OmniGPT", f"a projector for features {projector.in_dim} wide", f"{encoder.d_model}, encoder.d_model")
-    if projector.out_dim != n_embd:
-        raise BadInput("OmniGPT", f"a projector to {projector.out_dim}", f"{n_embd}, the GPT's n_embd")
+def check_placeholders(placeholders: Mapping[str, int] | None, senses: Sequence[str]) -> None:
+    """One for each sense. Without, each row has one clip in front: with two senses nothing would say which comes first."""
+    wanted = "{" + ", ".join(f"'{name}': id" for name in senses) + "}"
+    if placeholders is None:
+        if len(senses) > 1:
+            raise BadInput("OmniGPT", "no placeholders for two senses", wanted)
+    elif set(placeholders) != set(senses):
+        raise BadInput("OmniGPT", f"placeholders for {sorted(placeholders)}", wanted)
+    elif len(set(placeholders.values())) < len(placeholders):
+        raise BadInput("OmniGPT", f"placeholders {dict(placeholders)}", "an id of its own for each sense")
+
+
+def prefix(sense: Sense) -> str:
+    """Of a sense's names in a file. Ears have none: they were there first."""
+    return "" if sense.name == "audio" else f"{sense.name}_"
+
+
+def described(sense: Sense) -> dict[str, Any]:
+    sizes = {name: getattr(sense.projector, name) for name in ("in_dim", "out_dim", "hidden_dim", "stack")}
+    return {"encoder": describe_encoder(sense.encoder), "projector": sizes}
+
+
+def told(sense: Sense) -> tuple[str, str]:
+    encoder, projector, eyes = sense.encoder, sense.projector, "" if sense.name == "audio" else f"{sense.name}: "
+    return (f"encoder    {eyes}{type(encoder).__name__}: {parameters_of(encoder):,} parameters, frozen",
+            f"projector  {eyes}{encoder.d_model} × {getattr(projector, 'stack', 1)} → {projector.out_dim}: "
+            f"{parameters_of(projector):,} parameters")
+
+
+def own_copy(encoder: Any) -> Any:
+    """A copy of an encoder without weights: the adapter's statistics must not reach others that use it."""
+    return copy.deepcopy(encoder) if encoder_statistics(encoder) else encoder
 
 
 def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:

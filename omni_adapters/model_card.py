@@ -73,13 +73,18 @@ def model_card(repo_id: str, description: Mapping[str, Any], sizes: Mapping[str,
 
 # {_literal(repo_id.split("/")[-1])}
 
-An adapter that lets a GPT hear: features of a frozen audio encoder become soft tokens between the GPT's text tokens. It
-holds what was trained, not the GPT and not the weights of the encoder. Made with `omni-adapters`.
+{_opening(bool(description.get("image")))}
 
 ## How to load it
 
 {_loading(repo_id, description, revision)}
 {sections}"""
+
+
+def _opening(eyes: bool) -> str:
+    hear, encoder = ("hear and see", "frozen encoders") if eyes else ("hear", "a frozen audio encoder")
+    return f"""An adapter that lets a GPT {hear}: features of {encoder} become soft tokens between the GPT's text tokens. It
+holds what was trained, not the GPT and not the weights of the encoder. Made with `omni-adapters`."""
 
 
 def _checked(where: str, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +119,9 @@ def _loading(repo_id: str, description: Mapping[str, Any], revision: str | None)
     options = "" if revision in (None, "main") else f', revision="{revision}"'
     options += "" if makes_itself else ", encoder=encoder"
     theirs = "" if makes_itself else ", and `encoder` the encoder"
+    if description.get("image"):
+        options += ", image_encoder=image_encoder"
+        theirs += ", and `image_encoder` the encoder of images"
     before = max(1, description.get("insert_at", 0))  # sound needs that many tokens before it
     prompt = f"[{placeholders['audio']}]" if placeholders else "[0]" if before == 1 else f"[0] * {before}"
     stands = f"; {placeholders['audio']} stands for a clip" if placeholders else ""
@@ -149,12 +157,17 @@ def _facts(description: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -
         yield "sound", f"{encoder['sampling_rate']} Hz; {rate:g} frames a second, {stack} to a soft token"
         yield "soft tokens per second", f"{rate / stack:g}"
     shown = [f"{key} {host[key]}" for key in ("n_embd", "vocab_size", "num_embeddings") if host.get(key) is not None]
+    if eyes := description.get("image"):
+        yield "encoder of images", ", ".join(filter(None, [_literal(str(eyes["encoder"].get("type"))), _digest(eyes["encoder"])]))
+        yield "images", f"{eyes['projector']['stack']} frames to a soft token"
     yield "GPT", ", ".join([_literal(text) for text in shown] + [text for text in [_digest(host)] if text])
     yield "LoRA", _lora(description.get("lora"))
     if "value_embeds" in description:
         yield "value embeddings at soft tokens", _literal(str(description["value_embeds"]))
     if description.get("placeholders"):
         yield "sound stands", f"at each id {description['placeholders']['audio']}"
+        if "image" in description["placeholders"]:
+            yield "an image stands", f"at each id {description['placeholders']['image']}"
     elif "insert_at" in description:
         yield "sound stands", f"before text position {description['insert_at']}"
     yield "versions", f"omni-adapters {__version__}, torch {torch.__version__}, adapter format {FORMAT}"

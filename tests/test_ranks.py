@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hosts import nano_gpt, reference, tiny_hf
+from patches import Patches
 from torch import Tensor, nn
 
 from omni_adapters.collective import whole
@@ -42,7 +43,7 @@ from omni_adapters.training.ranks import (
     wrap,
 )
 
-P = 60           # a placeholder id inside the vocabulary, in no text
+P, Q = 60, 61    # placeholder ids of sound and images inside the vocabulary, in no text
 STEPS = 20
 NUM_GROUPS = 6   # micro-batches of a step, over all ranks
 MAX_NORM = 4.5   # some steps are clipped, others not
@@ -50,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 1": {},
     "lora, learned": {"lora": ("attn", "mlp"), "value_embeds": "learned", "insert_at": 1},
     "placeholders": {"lora": ("mlp",), "placeholders": {"audio": P}},
+    "eyes": {"placeholders": {"audio": P, "image": Q}},
 }
 # Sums of some hundred fp32 terms in another order differ by some 1e-6 of their largest. AdamW divides a gradient by its own
 # size, so an entry g of one of size G strays by lr · 1e-6 · G/g a step: with lr = 1e-2, 20 steps and a g of G/50, 1e-5.
@@ -58,7 +60,9 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 def omni_gpt(lora: tuple[str, ...] = (), seed: int = 0, **options: Any) -> OmniGPT:
     torch.manual_seed(seed)
-    omni = OmniGPT(reference(), (LogMelEncoder(), Projector(80, 32, 16, stack=2, zero_init=False)), **options)
+    audio = LogMelEncoder(), Projector(80, 32, 16, stack=2, zero_init=False)
+    image = (Patches(), Projector(48, 32, 8, zero_init=False)) if "image" in options.get("placeholders", ()) else None
+    omni = OmniGPT(reference(), audio, image, **options)
     if lora:
         omni.add_lora(4, targets=lora)
     return omni.train()
@@ -69,8 +73,9 @@ def silent(step: int, group: int) -> bool:
     return (group % 2 == 1) if step % 3 == 0 else (group % 3 == 2) if step % 3 == 1 else False
 
 
-def group_rows(step: int, group: int, placed: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """One to three rows of (ids, targets, frames (T, 80)); T is 0 in silent groups, and in some rows of others."""
+def group_rows(step: int, group: int, placed: bool, eyes: bool) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """One to three rows of (ids, targets, frames (T, 80), patches (T, 48)); frames has none in silent groups, and in some rows
+    of others. With eyes, every second group sees, whether it hears or not."""
     rng = torch.Generator().manual_seed(100 * step + group)
     rows = []
     for row in range(1 + (step + group) % 3):
@@ -79,17 +84,22 @@ def group_rows(step: int, group: int, placed: bool) -> list[tuple[Tensor, Tensor
         frames = torch.randn(num_frames, 80, generator=rng)
         if placed and num_frames:
             idx[0] = P
-        rows.append((idx, torch.cat([idx[1:], torch.tensor([-1])]), frames))
+        patches = torch.randn(1 + group if eyes and group % 2 == 0 else 0, 48, generator=rng)
+        if len(patches):
+            idx = torch.cat([torch.tensor([Q]), idx])
+        rows.append((idx, torch.cat([idx[1:], torch.tensor([-1])]), frames, patches))
     return rows
 
 
-def batch(rows: list[tuple[Tensor, Tensor, Tensor]], placed: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def batch(rows: list[tuple[Tensor, Tensor, Tensor, Tensor]], placed: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
     def padded(tensors: list[Tensor], value: int) -> Tensor:
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    clips = [frames for _, _, frames in rows if len(frames) or not placed]
-    sound = {"audio_features": pad_rows(clips)} if any(len(clip) for clip in clips) else {}
-    return padded([idx for idx, _, _ in rows], 0), padded([targets for _, targets, _ in rows], -1), sound
+    clips = [frames for _, _, frames, _ in rows if len(frames) or not placed]
+    images = [patches for *_, patches in rows if len(patches)]
+    given = {"audio_features": pad_rows(clips)} if any(len(clip) for clip in clips) else {}
+    given |= {"image_features": pad_rows(images)} if images else {}
+    return padded([idx for idx, *_ in rows], 0), padded([targets for _, targets, *_ in rows], -1), given
 
 
 def train(model: nn.Module, omni: OmniGPT, ranks: Ranks, case: str, joint: bool = False) -> dict[str, Any]:
@@ -100,9 +110,9 @@ def train(model: nn.Module, omni: OmniGPT, ranks: Ranks, case: str, joint: bool 
         group["lr"] = 1e-2
     losses, norms = [], []
     for step in range(STEPS):
-        every = [group_rows(step, group, placed) for group in range(NUM_GROUPS)]
+        every = [group_rows(step, group, placed, "image" in CASES[case].get("placeholders", ())) for group in range(NUM_GROUPS)]
         mine = [[row for rows in every for row in rows]] if joint else every[ranks.rank :: ranks.num_ranks]
-        graded = sum(int((targets != -1).sum()) for rows in mine for _, targets, _ in rows)
+        graded = sum(int((targets != -1).sum()) for rows in mine for _, targets, *_ in rows)
         total = float(ranks.sum(torch.tensor(graded)))
         loss_sum = torch.zeros(())
         for number, rows in enumerate(mine, start=1):
@@ -152,7 +162,7 @@ def sharded_otherwise(ranks: Ranks, folder: Path) -> dict[str, Any]:
     omni.eval()
     result["generated"], result["alone"] = heard(omni, ranks.rank), heard(plain.eval(), ranks.rank)
     with torch.no_grad():  # a validation, in which one rank has nothing to hear
-        idx, targets, sound = batch(group_rows(0, ranks.rank, False), False)
+        idx, targets, sound = batch(group_rows(0, ranks.rank, False, False), False)
         result["validation"] = bool((model(idx, targets, **sound) - plain(idx, targets, **sound)).abs() < 1e-5)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     now = omni.trained()
@@ -269,7 +279,7 @@ def test_every_trained_tensor_has_moved_by_more_than_the_tolerance() -> None:
     for case in CASES:
         before = omni_gpt(**CASES[case]).trained()
         assert all((expected(case)[name] - tensor).abs().max() > 1e-3 for name, tensor in before.items()
-                   if not name.startswith("encoder"))
+                   if "encoder." not in name)
 
 
 @pytest.mark.parametrize("num_ranks", [2, THREE])

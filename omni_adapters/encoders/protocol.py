@@ -8,7 +8,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,25 @@ from omni_adapters.shapes import BadInput, shape
 
 
 @runtime_checkable
-class AudioEncoder(Protocol):
+class Encoder(Protocol):
+    """A frozen encoder of any signal: what every sense needs of one.
+
+    d_model: width of one feature frame (of a patch, where it sees).
+    """
+
+    d_model: int
+
+    def preprocess(self, signals: Sequence[Any], /) -> Features:
+        """Signals as they come (waveforms, images) → encoder inputs, one row each."""
+        ...
+
+    def __call__(self, inputs: Features, /) -> Features:
+        """Encoder inputs → values (B, T_enc, d_model), lens in feature frames."""
+        ...
+
+
+@runtime_checkable
+class AudioEncoder(Encoder, Protocol):
     """A frozen encoder of sound.
 
     sampling_rate: Hz the waveforms must have.
@@ -31,11 +49,11 @@ class AudioEncoder(Protocol):
     d_model: int
     frame_rate: float
 
-    def preprocess(self, waveforms: Sequence[Tensor | np.ndarray]) -> Features:
+    def preprocess(self, waveforms: Sequence[Tensor | np.ndarray], /) -> Features:
         """1-D float mono waveforms → encoder inputs; for mel models values (B, n_mels, T_mel), lens in mel frames."""
         ...
 
-    def __call__(self, inputs: Features) -> Features:
+    def __call__(self, inputs: Features, /) -> Features:
         """Encoder inputs → values (B, T_enc, d_model), lens in feature frames."""
         ...
 

@@ -209,19 +209,21 @@ def share_values(omni: OmniGPT, ranks: Ranks) -> None:
 
 
 def shard(omni: OmniGPT, ranks: Ranks) -> None:
-    """FSDP2 on each block, on what else the GPT has, and on the projector. Learned side rows, a vector a table, stay whole."""
+    """FSDP2 on each block, on what else the GPT has, and on projectors. Learned side rows, a vector a table, stay whole."""
     gpt = unwrap(omni.gpt)
     blocks = find_blocks(gpt)
     describe_host(omni.prepender, omni.host_digest)  # while every rank has all the weights
     mesh = init_device_mesh(ranks.device.type, (ranks.num_ranks,))
-    sharded = [fully_shard(module, mesh=mesh, reshard_after_forward=True) for module in (*blocks, gpt, omni.projector)]
+    projectors = [sense.projector for sense in omni.senses().values()]
+    sharded = [fully_shard(module, mesh=mesh, reshard_after_forward=True) for module in (*blocks, gpt, *projectors)]
     relink_bases(gpt)
     for module in sharded:  # FSDP2 keeps the tensors it gathers into: were `generate` the first to gather, they would be
         module.unshard()    # inference tensors for good, and the next training step would fail
         module.reshard()
     omni.prepender.side_rows.to(ranks.device)
-    if isinstance(omni.encoder, nn.Module):
-        omni.encoder.to(ranks.device)
+    for sense in omni.senses().values():
+        if isinstance(sense.encoder, nn.Module):
+            sense.encoder.to(ranks.device)
 
 
 def find_blocks(gpt: nn.Module) -> list[nn.Module]:
