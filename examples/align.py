@@ -74,7 +74,8 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[OmniGPT, Turn
     torch.manual_seed(args.seed)
     projector = Projector(encoder.d_model, discover_anatomy(gpt).n_embd, args.hidden, stack=args.stack,
                           zero_init=not args.no_zero_init).to(device)
-    return OmniGPT(gpt, (encoder, projector), value_embeds=args.value_embeds, insert_at=turns.insert_at), turns
+    omni = OmniGPT(gpt, (encoder, projector), value_embeds=args.value_embeds, insert_at=turns.insert_at, loss=args.loss)
+    return omni, turns
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:

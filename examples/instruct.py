@@ -86,6 +86,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[OmniGPT, Turn
         raise BadInput("instruct", f"{args.adapter} with LoRA of {lora_settings(omni.lora(), 'instruct')}", f"that of {wanted}",
                        "to train it on, give its own --rank, --alpha and --dropout")
     omni.projector.requires_grad_(args.projector_lr > 0)
+    omni.prepender.loss = args.loss
     return omni, turns
 
 

@@ -105,16 +105,16 @@ class HostHooks:
         if getattr(cache, "prev_embedding", None) is not None:  # so that a bare decode step smears with nothing, too
             cache.prev_embedding = cache.prev_embedding.masked_fill(splice.soft[:, -1:, None], 0.0)
 
-    def run_for_hidden(self, gpt: nn.Module, splice: Splice | None, idx: Tensor) -> Tensor:
-        """What the head would have read, (B, T, n_embd); the head itself gets one position."""
+    def run_for_hidden(self, gpt: nn.Module, splice: Splice | None, idx: Tensor) -> tuple[Tensor, Any]:
+        """What the head would have read, (B, T, n_embd), and what the host returned: the head itself gets one position."""
         self.want_hidden = True
         try:
-            self.run(gpt, splice, idx)
+            returned = self.run(gpt, splice, idx)
             hidden = self.hidden
         finally:
             self.want_hidden, self.hidden = False, None
         assert hidden is not None
-        return hidden
+        return hidden, returned
 
     @contextmanager
     def bind(self, soft_tokens: SoftTokens, insert_at: int, num_soft: int) -> Iterator[None]:

@@ -81,6 +81,14 @@ def implementation(impl: str, rows: int, weight: Tensor) -> Callable[[Tensor, Te
     return named[impl]
 
 
+def saves_logits(targets: Tensor, weight: Tensor, ignore_index: int = -1) -> bool:
+    """Whether `impl="auto"` takes a form without (N, V) tensors. Rows are counted where that is free: not on CUDA, nor under
+    torch.compile."""
+    countable = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    rows = int((targets != ignore_index).sum()) if countable else targets.numel()
+    return implementation("auto", rows, weight) is not plain
+
+
 def worth_chunking(rows: int, weight: Tensor) -> bool:
     """Measured on two CPU threads, V = 512 … 32768. A trained weight costs chunks more passes over its gradient (V · C),
     which the passes they save over logits (rows · V) must pay for."""

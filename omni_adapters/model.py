@@ -31,6 +31,7 @@ from omni_adapters.encoders.protocol import AudioEncoder, Encoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import Features
 from omni_adapters.fingerprints import Digest, describe_encoder, describe_host
+from omni_adapters.head_loss import LossForm
 from omni_adapters.hooks import ValueEmbeds
 from omni_adapters.hub import fetch_adapter, publish
 from omni_adapters.lora import LoRALinear, inject_at, inject_lora, keeping_dtype, lora_by_path, lora_settings, remove_lora
@@ -63,7 +64,7 @@ class OmniGPT(nn.Module):
     image:        the same for a second sense, or None. Its encoder has `d_model`, `preprocess` and a call (`Encoder`).
     placeholders: {"audio": id, "image": id}, one for each sense, puts one clip at each occurrence of its id in idx, read row
                   by row; None, for ears alone, puts one clip per row before text position `insert_at`.
-    value_embeds, insert_at: as in SoftTokenPrepender.
+    value_embeds, insert_at, loss: as in SoftTokenPrepender; an adapter does not say `loss`, a matter of speed.
 
     Sound is given to `forward` and `generate` in one of three forms: `audio`, a list of 1-D waveforms, None for a row
     without sound (never with placeholders); `audio_inputs`, what encoder.preprocess returned; `audio_features`, what the
@@ -77,10 +78,11 @@ class OmniGPT(nn.Module):
     image_projector: Projector
 
     def __init__(self, gpt: nn.Module, audio: tuple[AudioEncoder, Projector], image: tuple[Encoder, Projector] | None = None, *,
-                 placeholders: Mapping[str, int] | None = None, value_embeds: ValueEmbeds = "zero", insert_at: int = 0) -> None:
+                 placeholders: Mapping[str, int] | None = None, value_embeds: ValueEmbeds = "zero", insert_at: int = 0,
+                 loss: LossForm = "host") -> None:
         super().__init__()
         check_placeholders(placeholders, ("audio",) if image is None else ("audio", "image"))
-        prepender = SoftTokenPrepender(gpt, value_embeds=value_embeds, insert_at=insert_at)
+        prepender = SoftTokenPrepender(gpt, value_embeds=value_embeds, insert_at=insert_at, loss=loss)
         try:
             Sense("audio", *audio).check(prepender.anatomy.n_embd)
             if image is not None:

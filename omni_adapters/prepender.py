@@ -25,6 +25,7 @@ from omni_adapters import layout
 from omni_adapters.anatomy import Anatomy, discover_anatomy, table, unwrap
 from omni_adapters.decoding import Decoder, check_sampling, stream
 from omni_adapters.features import Features, check_form, check_values, full
+from omni_adapters.head_loss import FORMS, LossForm, as_returned, call_obstacle, head_loss, head_obstacle, worth_fusing
 from omni_adapters.hooks import HostHooks, ValueEmbeds, refuse_second, row_key
 from omni_adapters.shapes import BadInput, shape
 from omni_adapters.splice import (
@@ -51,6 +52,10 @@ class SoftTokenPrepender(nn.Module):
     value_embeds: what side tables (value embeddings) give at soft slots: "zero", "placeholder" (the row of id 0, as the
                   hand-patched forward had it) or "learned" (one vector per table in `side_rows`, zero at first).
     insert_at:    text position that a prefix comes before: 0 = before everything, 1 = after `<|bos|>`.
+    loss:         who computes the loss of `forward` with targets. "host": its own code, bit for bit. "fused": head and loss in
+                  one (`linear_cross_entropy`), without logits: fp32 sums, less time and a fraction of the memory; a host that
+                  returns logits beside its loss gives None in their place, one whose head does something else is refused.
+                  "auto": fused where the host returns the loss alone, nothing is in the way, and it is worth it.
 
     `soft_tokens` is (B, T_soft, n_embd), or ragged `Features` (rows of length 0 allowed), put before text position
     `insert_at`; or `{placeholder id: Features}`, where each occurrence of the id in idx, read row by row, gives way to
@@ -69,7 +74,8 @@ class SoftTokenPrepender(nn.Module):
 
     pad_to: int | None
 
-    def __init__(self, gpt: nn.Module, *, value_embeds: ValueEmbeds = "zero", insert_at: int = 0) -> None:
+    def __init__(self, gpt: nn.Module, *, value_embeds: ValueEmbeds = "zero", insert_at: int = 0,
+                 loss: LossForm = "host") -> None:
         super().__init__()
         if value_embeds not in ("zero", "placeholder", "learned"):
             raise BadInput("SoftTokenPrepender", f"value_embeds = {value_embeds!r}", "'zero', 'placeholder' or 'learned'")
@@ -85,7 +91,22 @@ class SoftTokenPrepender(nn.Module):
             for name in (*self.anatomy.side_tables, *self.anatomy.derived_tables):
                 weight = table(unwrap(gpt), name).weight
                 self.side_rows[row_key(name)] = nn.Parameter(torch.zeros(weight.size(1), device=weight.device))
+        self.loss = loss
         self.hooks = HostHooks(gpt, self.anatomy, value_embeds, self.side_rows)
+
+    @property
+    def loss(self) -> LossForm:
+        """Who computes the loss; may be set at any time."""
+        return self._loss
+
+    @loss.setter
+    def loss(self, form: LossForm) -> None:
+        if form not in FORMS:
+            raise BadInput("SoftTokenPrepender", f"loss = {form!r}", "'host', 'fused' or 'auto'")
+        obstacle = "" if form == "host" else head_obstacle(self.gpt, self.anatomy)
+        if form == "fused" and obstacle:
+            raise unfusable("SoftTokenPrepender", obstacle)
+        self._loss, self.head_obstacle = form, obstacle
 
     def remove(self) -> nn.Module:
         """Take every hook away; returns the GPT exactly as it came. The prepender is of no use afterwards."""
@@ -103,12 +124,16 @@ class SoftTokenPrepender(nn.Module):
         splice, fused_idx = self.plan(where, idx, soft_tokens, gpt_kwargs)
         if targets is not None:
             targets = self.graded(where, idx, targets, soft_tokens, gpt_kwargs.get("loss_reduction", "mean"))
+            if self.fuses(where, targets, gpt_kwargs):
+                hidden, returned = self.hooks.run_for_hidden(self.gpt, splice, fused_idx)
+                loss = head_loss(hidden, targets, self.gpt, self.anatomy, gpt_kwargs.get("loss_reduction", "mean"))
+                return as_returned(loss, self.anatomy, returned)
         return self.run(splice, fused_idx, targets, gpt_kwargs)
 
     def hidden_states(self, idx: Tensor, soft_tokens: SoftTokens | None = None) -> Tensor:
         """(B, T, n_embd): what lm_head would have read for each text position. The vocabulary matmul is skipped."""
         splice, fused_idx = self.plan("SoftTokenPrepender.hidden_states", idx, soft_tokens, {})
-        return self.hooks.run_for_hidden(self.gpt, splice, fused_idx)
+        return self.hooks.run_for_hidden(self.gpt, splice, fused_idx)[0]
 
     def generate(self, tokens: list[int], soft_tokens: SoftTokens | None = None, *, max_tokens: int,
                  temperature: float = 1.0, top_k: int | None = None, seed: int = 42) -> Iterator[int]:
@@ -246,6 +271,15 @@ class SoftTokenPrepender(nn.Module):
         output.loss = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         return output
 
+    def fuses(self, where: str, targets: Tensor, gpt_kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call's loss is fused with the head."""
+        if self.loss == "host":
+            return False
+        obstacle = self.head_obstacle or call_obstacle(self.gpt, self.anatomy, gpt_kwargs)
+        if obstacle and self.loss == "fused":
+            raise unfusable(where, obstacle)
+        return not obstacle and (self.loss == "fused" or worth_fusing(targets, self.gpt, self.anatomy))
+
     # ---- refusals ---------------------------------------------------------------------------------------------------
 
     def checking(self) -> bool:
@@ -319,6 +353,11 @@ class SoftTokenPrepender(nn.Module):
 
     def device(self) -> torch.device:
         return table(unwrap(self.gpt), self.anatomy.wte).weight.device
+
+
+def unfusable(where: str, obstacle: str) -> BadInput:
+    return BadInput(where, f"loss='fused' with {obstacle}", "logits that are one matrix, cropped and capped",
+                    "use loss='auto' or loss='host'")
 
 
 def as_row(where: str, tokens: list[int], device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from omni_adapters.head_loss import FORMS
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.trackers import OPENERS
 
@@ -49,6 +50,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
     run.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
     run.add_argument("--seed", type=int, default=0, help="of initial weights, order and dropout")
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; not for nanochat, which casts by itself")
+    run.add_argument("--loss", choices=FORMS, default="auto",
+                     help="the host's own, or head and loss in one; auto: the faster")
     run.add_argument("--validate-every", type=int, default=200, help="steps between validations")
     run.add_argument("--validate-rows", type=int, default=256, help="clips in a validation, which every rank does whole")
     run.add_argument("--max-answer", type=int, default=64, help="tokens of a generated answer")

@@ -1,0 +1,76 @@
+"""The host's head and loss in one, where `loss.linear_cross_entropy` computes the same without the logits.
+
+Whether it does is asked, not assumed: the head must be a linear layer without bias that multiplies by its weight
+(`host_linear`), and what follows it a crop and a softcap (`anatomy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from omni_adapters.anatomy import Anatomy, unwrap
+from omni_adapters.collective import is_sharded
+from omni_adapters.host_linear import linear_form
+from omni_adapters.lora import LoRALinear
+from omni_adapters.loss import REDUCTIONS, linear_cross_entropy, saves_logits
+
+LossForm = Literal["host", "fused", "auto"]
+FORMS = ("host", "fused", "auto")
+
+
+def head_of(gpt: nn.Module, anatomy: Anatomy) -> nn.Module:
+    return unwrap(gpt).get_submodule(anatomy.lm_head)
+
+
+def head_obstacle(gpt: nn.Module, anatomy: Anatomy) -> str:
+    """Why the host's loss can never be fused with its head; empty where it can. Runs a head of the host's own class."""
+    head = head_of(gpt, anatomy)
+    if not anatomy.head_is_plain:
+        return "logits that are more than the head's output, cropped and capped"
+    if not isinstance(head, nn.Linear) or head.bias is not None or linear_form(head) == "own":
+        return f"a head {type(head).__name__} that is more than one matrix"
+    return ""
+
+
+def call_obstacle(gpt: nn.Module, anatomy: Anatomy, gpt_kwargs: Mapping[str, Any]) -> str:
+    """Why it cannot in this call, in a GPT without a `head_obstacle`."""
+    head = head_of(gpt, anatomy)
+    if isinstance(head, LoRALinear):
+        return "LoRA on the head"
+    if is_sharded(weight_of(head)):
+        return "a head whose weight is sharded"
+    if other := sorted(set(gpt_kwargs) - {"loss_reduction"}):
+        return f"arguments of the host's own, {', '.join(other)}"
+    if gpt_kwargs.get("loss_reduction", "mean") not in REDUCTIONS:
+        return f"loss_reduction = {gpt_kwargs['loss_reduction']!r}"
+    return ""
+
+
+def weight_of(head: nn.Module) -> Tensor:
+    assert isinstance(head.weight, Tensor)
+    return head.weight
+
+
+def head_loss(hidden: Tensor, targets: Tensor, gpt: nn.Module, anatomy: Anatomy, reduction: Any = "mean") -> Tensor:
+    """The loss that the host makes of hidden states (B, T, n_embd) and targets (B, T): a scalar, or (B · T,) for "none"."""
+    weight = weight_of(head_of(gpt, anatomy))[: anatomy.vocab_size]
+    loss = linear_cross_entropy(hidden, weight, targets, softcap=anatomy.softcap, reduction=reduction)
+    return loss.flatten() if reduction == "none" else loss
+
+
+def worth_fusing(targets: Tensor, gpt: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether "auto" fuses: where the host returns the loss alone, and there are enough logits."""
+    return anatomy.output == "tensor" and saves_logits(targets, weight_of(head_of(gpt, anatomy))[: anatomy.vocab_size])
+
+
+def as_returned(loss: Tensor, anatomy: Anatomy, output: Any) -> Any:
+    """`loss` in the form in which the host returns it; None stands where logits would. output: of the host's own forward."""
+    if anatomy.output == "tensor":
+        return loss
+    if anatomy.output == "tuple":
+        return (None, loss, *output[2:])
+    output.logits, output.loss = None, loss
+    return output

@@ -1,0 +1,212 @@
+"""The host's loss without its logits: equal to the host's own, wherever it is allowed, and refused where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hosts import nano_gpt, reference, tiny_hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import ears, waves
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from omni_adapters import Features, SoftTokenPrepender, head_loss, loss
+from omni_adapters.lora import inject_lora
+from omni_adapters.shapes import BadInput
+
+# fp32: a loss is a sum of some hundred terms of order 1, a gradient one of some thousand; either has 2⁻²⁴ a term
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+HOSTS = [reference, nano_gpt, tiny_hf]
+
+
+def loss_of(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result[1] if type(result) is tuple else result.loss
+
+
+def batch(n_embd: int, T: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Features]:
+    rng = torch.Generator().manual_seed(seed)
+    idx = torch.randint(1, 49, (2, T), generator=rng)
+    targets = torch.randint(0, 49, (2, T), generator=rng)
+    targets[0, :3] = -1
+    return idx, targets, Features(torch.randn(2, 5, n_embd, generator=rng).requires_grad_(), torch.tensor([5, 2]))
+
+
+def gradients(prepender: SoftTokenPrepender, idx: Tensor, targets: Tensor, soft: Features, **kwargs: Any) -> list[Tensor]:
+    """Loss, gradient of the soft tokens and of every parameter of the GPT."""
+    prepender.gpt.zero_grad(set_to_none=True)
+    soft.values.grad = None
+    value = loss_of(prepender(idx, targets, soft, **kwargs))
+    value.sum().backward()
+    return [value.detach(), soft.values.grad, *(p.grad.clone() for p in prepender.gpt.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("build", HOSTS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_loss_and_gradients_are_the_hosts(build: Callable[[], nn.Module], frozen: bool) -> None:
+    gpt = build().requires_grad_(not frozen)
+    prepender = SoftTokenPrepender(gpt)
+    given_ = batch(prepender.anatomy.n_embd)
+    expected = gradients(prepender, *given_)
+    prepender.loss = "fused"
+    came = gradients(prepender, *given_)
+    assert len(came) == len(expected) > 1
+    for one, other in zip(came, expected):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 12), st.sampled_from(["mean", "sum", "none"]), st.integers(0, 99), st.booleans())
+def test_every_reduction_with_and_without_sound(T: int, reduction: str, seed: int, silent: bool) -> None:
+    idx, targets, soft = batch(32, T, seed)
+    prepender = SoftTokenPrepender(reference().requires_grad_(False))
+    sound = None if silent else soft
+    expected = prepender(idx, targets, sound, loss_reduction=reduction)
+    prepender.loss = "fused"
+    came = prepender(idx, targets, sound, loss_reduction=reduction)
+    assert came.shape == expected.shape
+    torch.testing.assert_close(came, expected, **CLOSE)
+
+
+def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head reads one position a row."""
+    read = []
+    prepender = SoftTokenPrepender(reference(), loss="fused")
+    prepender.gpt.lm_head.register_forward_hook(lambda module, args, out: read.append(out.size(1)))
+    prepender(*batch(32))
+    assert read == [1]
+
+
+@pytest.mark.parametrize("build", [nano_gpt, tiny_hf])
+def test_a_host_that_gives_logits_too_gives_none_in_their_place(build: Callable[[], nn.Module]) -> None:
+    prepender = SoftTokenPrepender(build(), loss="fused")
+    idx, targets, soft = batch(prepender.anatomy.n_embd)
+    result = prepender(idx, targets, soft)
+    assert (result[0] if type(result) is tuple else result.logits) is None
+    prepender.loss = "auto"
+    result = prepender(idx, targets, soft)
+    assert (result[0] if type(result) is tuple else result.logits) is not None
+
+
+def test_auto_is_the_hosts_own_bit_for_bit_where_logits_are_few_and_fused_where_they_are_many(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    given_, gpt = batch(32), reference().requires_grad_(False)
+    prepender = SoftTokenPrepender(gpt)
+    own = prepender(*given_)
+    prepender.loss = "auto"
+    assert torch.equal(prepender(*given_), own)
+    rows = int((given_[1] != -1).sum())
+    monkeypatch.setattr(loss, "WORTH_CHUNKING", rows * prepender.anatomy.vocab_size)
+    calls = []
+    monkeypatch.setattr("omni_adapters.prepender.head_loss", lambda *args: calls.append(1) or head_loss.head_loss(*args))
+    torch.testing.assert_close(prepender(*given_), own, **CLOSE)
+    assert calls
+    monkeypatch.setattr(loss, "WORTH_CHUNKING", rows * prepender.anatomy.vocab_size + 1)
+    calls.clear()
+    assert torch.equal(prepender(*given_), own) and not calls
+    assert torch.equal(prepender(given_[0]), gpt(given_[0]))  # without targets nothing changes
+
+
+def test_compiled_in_one_graph() -> None:
+    prepender = SoftTokenPrepender(reference().requires_grad_(False), loss="fused")
+    given_ = batch(32)
+    expected = gradients(prepender, *given_)
+    compiled = torch.compile(prepender, backend="aot_eager", fullgraph=True, dynamic=False)
+    given_[2].values.grad = None
+    value = compiled(*given_)
+    value.backward()
+    torch.testing.assert_close(value.detach(), expected[0], **CLOSE)
+    torch.testing.assert_close(given_[2].values.grad, expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the whole forward", "blocks"])
+def test_with_activation_checkpointing(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepender = SoftTokenPrepender(reference().requires_grad_(False), loss="fused")
+    idx, targets, soft = batch(32)
+    expected = gradients(prepender, idx, targets, soft)
+    if not whole:
+        for block in prepender.gpt.transformer["h"]:
+            monkeypatch.setattr(block, "forward", lambda *args, own=block.forward: checkpoint(own, *args, use_reentrant=False))
+    soft.values.grad = None
+    value = checkpoint(prepender, idx, targets, soft, use_reentrant=False) if whole else prepender(idx, targets, soft)
+    value.backward()
+    torch.testing.assert_close(soft.values.grad, expected[1], **CLOSE)
+
+
+def test_under_bf16_autocast_it_is_nearer_to_fp32_than_the_host_is() -> None:
+    """The host rounds its logits to bf16; fused sums in fp32 whatever the autocast."""
+    prepender = SoftTokenPrepender(reference().requires_grad_(False))
+    given_ = batch(32, T=40)
+    exact = prepender(*given_)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = (prepender(*given_) - exact).abs()
+        prepender.loss = "fused"
+        value = prepender(*given_)
+    assert value.dtype == torch.float32
+    assert (value - exact).abs() <= own + 5 * 2**-9  # both carry the bf16 blocks; logits of order 5 are rounded by 2⁻⁹ of it
+
+
+def test_an_omni_gpt_trains_with_it_and_a_silent_batch_has_its_gradient_of_zero() -> None:
+    omni = ears(reference(), loss="fused").train()
+    plain = ears(reference()).train()
+    idx, targets, _ = batch(32)
+    for sound in (waves(0.4, 0.25), None):
+        for one in (omni, plain):
+            one.zero_grad(set_to_none=True)
+            one(idx, targets, sound).backward()
+        for name, tensor in omni.trained().items():
+            if tensor.requires_grad:
+                torch.testing.assert_close(tensor.grad, plain.trained()[name].grad, **CLOSE)
+                assert tensor.grad is not None and bool(tensor.grad.any()) == (sound is not None)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def with_head(head: nn.Module) -> nn.Module:
+    gpt = reference()
+    gpt.lm_head = head
+    return gpt
+
+
+def with_lora_on_the_head() -> SoftTokenPrepender:
+    gpt = reference()
+    prepender = SoftTokenPrepender(gpt, loss="fused")
+    inject_lora(gpt, 4, targets=("lm_head",))
+    return prepender
+
+
+@pytest.mark.parametrize(("build", "kwargs", "message"), [
+    (lambda: SoftTokenPrepender(with_head(Doubling(32, 128, bias=False)), loss="fused"), {}, "a head Doubling that is more than"),
+    (lambda: SoftTokenPrepender(with_head(nn.Linear(32, 128)), loss="fused"), {}, "a head Linear that is more than one matrix"),
+    (with_lora_on_the_head, {}, "LoRA on the head"),
+    (lambda: SoftTokenPrepender(reference(), loss="fused"), {"kv_cache": None}, "arguments of the host's own, kv_cache"),
+    (lambda: SoftTokenPrepender(reference(), loss="fused"), {"loss_reduction": "max"}, "loss_reduction = 'max'"),
+    (lambda: SoftTokenPrepender(reference(), loss="best"), {}, "loss = 'best'; expected 'host', 'fused' or 'auto'"),
+])
+def test_what_is_refused_and_auto_leaves_to_the_host(build: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        build()(*batch(32), **kwargs)
+
+
+@pytest.mark.parametrize("head", [Doubling(32, 128, bias=False), nn.Linear(32, 128)])
+def test_auto_leaves_a_head_of_its_own_to_the_host(head: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "WORTH_CHUNKING", 0)
+    prepender = SoftTokenPrepender(with_head(head))
+    own = prepender(*batch(32))
+    prepender.loss = "auto"
+    assert torch.equal(prepender(*batch(32)), own)
+    with pytest.raises(BadInput, match="that is more than one matrix"):
+        prepender.loss = "fused"
+    assert prepender.loss == "auto"
+
+
+def test_nothing_graded_is_refused() -> None:
+    idx, targets, soft = batch(32)
+    with pytest.raises(BadInput, match="targets that are all -1"):
+        SoftTokenPrepender(reference(), loss="fused")(idx, torch.full_like(targets, -1), soft)
