@@ -441,6 +441,31 @@ def gradients_reach_soft_tokens(bench: Bench) -> None:
 
 
 @check
+def the_loss_without_its_logits(bench: Bench) -> None:
+    """The host's own to rounding, gradients too. In bf16 it is the host that rounds, its logits."""
+    prepender = bench.prepender()
+    bench.gpt.requires_grad_(False)
+    soft = bench.soft().requires_grad_()
+    idx = torch.tensor([PROMPT])
+    targets = idx.roll(-1, 1)
+    found = {}
+    with bench.context():
+        for form in ("host", "fused"):
+            prepender.loss, soft.grad = form, None
+            for reduction in ("mean", "sum", "none"):
+                value = prepender(idx, targets, soft, loss_reduction=reduction)
+                value.float().sum().backward()
+                found[form, reduction] = value.detach().float()
+            found[form, "gradient"] = soft.grad.float()
+    for name in ("mean", "sum", "none", "gradient"):
+        mine, theirs = found["fused", name], found["host", name]
+        assert mine.shape == theirs.shape
+        # bf16: logits of order 5 are rounded by 2⁻⁹ of themselves, gradients pass layers that round them so
+        rtol, share = (0.05, 0.05) if bench.low_precision else (1e-4, 1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=rtol, atol=share * float(theirs.abs().max()))
+
+
+@check
 def the_commits_engine_runs_bare(bench: Bench) -> None:
     if bench.has_engine:
         assert len(bench.engine(PROMPT)[0]) == STEPS
