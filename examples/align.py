@@ -48,7 +48,7 @@ from omni_adapters.training.schedule import warmup_cosine
 from omni_adapters.training.sources import fit_encoder, identity, open_encoder, open_source
 from omni_adapters.training.trackers import open_trackers
 from omni_adapters.training.turns import Turns
-from omni_adapters.training.update import check_start, planned_batches, train_step
+from omni_adapters.training.update import check_start, given_sound, planned_batches, train_step
 from omni_adapters.training.validation import COLUMNS, Column, loss_of, validate
 
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.is_first:
         print(omni.describe())
         print(f"run        {args.out} {'begins' if newest is None else f'goes on after step {newest}'}", flush=True)
-    model = wrap(omni, ranks, args.engine).train()
+    model = wrap(omni, ranks, args.engine, compiled=args.compile).train()
     groups = [group | {"peak": args.lr} for group in omni.trainable_parameters()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     place = {"step": 0, "epoch": 0, "step_in_epoch": 0}  # where the next step begins
@@ -103,7 +103,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         place = checkpoint.state
 
     def micro_loss(sound: Features, rows: Sequence[dict[str, Any]], idx: Tensor, targets: Tensor) -> Tensor:
-        return loss_of(model(idx, targets, **{source.kind: sound})) * (targets != -1).sum()
+        idx, targets, given = given_sound(omni, source, sound, idx, targets, args.compile)
+        return loss_of(model(idx, targets, **given)) * (targets != -1).sum()
 
     with open_trackers(args.track if ranks.is_first else [], args.out, config) as track:
         def log(row: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ from omni_adapters.training.schedule import warmup_cosine
 from omni_adapters.training.sources import identity, open_encoder, open_source
 from omni_adapters.training.trackers import open_trackers
 from omni_adapters.training.turns import Turns
-from omni_adapters.training.update import check_start, planned_batches, train_step
+from omni_adapters.training.update import check_start, given_sound, planned_batches, train_step
 from omni_adapters.training.validation import COLUMNS, Column, loss_of, validate
 
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.is_first:
         print(omni.describe())
         print(f"run        {args.out} {'begins' if newest is None else f'goes on after step {newest}'}", flush=True)
-    model = wrap(omni, ranks, args.engine).train()
+    model = wrap(omni, ranks, args.engine, compiled=args.compile).train()
     peaks = {"lora": args.lr, "projector": args.projector_lr, "side_rows": args.projector_lr}
     groups = [group | {"peak": peaks[group["name"]]} for group in omni.trainable_parameters()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)
@@ -114,9 +114,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         place = checkpoint.state
 
     def micro_loss(sound: Features, rows: Sequence[dict[str, Any]], idx: Tensor, targets: Tensor) -> Tensor:
+        idx, targets, given = given_sound(omni, source, sound, idx, targets, args.compile)
         if not args.distill:
-            return loss_of(model(idx, targets, **{source.kind: sound})) * (targets != -1).sum()
-        logits = logits_of(model(idx, **{source.kind: sound}))
+            return loss_of(model(idx, targets, **given)) * (targets != -1).sum()
+        logits = logits_of(model(idx, **given))
         read_idx, read_targets = (t.to(ranks.device) for t in turns.batch(rows, read=True))
         with teacher(omni):
             read = logits_of(omni.prepender(read_idx))

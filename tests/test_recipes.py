@@ -227,6 +227,28 @@ def test_bf16_is_close(corpus: Corpus, aligned: Path, tmp_path: Path) -> None:
     assert right_losses(tmp_path / "run")[-1] == pytest.approx(right_losses(aligned)[-1], rel=0.1)
 
 
+@pytest.mark.slow
+def test_compiled_both_stages_go_as_they_do_uncompiled(corpus: Corpus, aligned: Path, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are padded to few shapes, each one graph; sums in another order move a loss by 1e-6 a step. Dropout is off: a
+    compiler draws its own."""
+    tuned = [*stage_2(aligned), "--dropout", "0"]
+    here("instruct", corpus.options(tmp_path / "plain", *tuned))
+    compile_module = OmniGPT.compile  # aot_eager traces forward and backward as inductor does, without its minutes of C++
+    monkeypatch.setattr(OmniGPT, "compile", lambda omni, **options: compile_module(omni, backend="aot_eager", **options))
+    here("align", corpus.options(tmp_path / "one", "--compile"))
+    here("instruct", corpus.options(tmp_path / "two", "--compile", *tuned))
+    for out, plain in ((tmp_path / "one", aligned), (tmp_path / "two", tmp_path / "plain")):
+        rows, expected = steps_of(out), steps_of(plain)
+        assert [row["tokens"] for row in rows] == [row["tokens"] for row in expected] and len(rows) > 4
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
+
+
+def test_compiled_shards_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="compiled with engine 'fsdp2'"):
+        here("align", corpus.options(tmp_path / "run", "--compile", "--engine", "fsdp2"))
+
+
 def test_your_own_loader(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_gpt.py").write_text("from omni_adapters.training.hosts import load_reference as load\n")
     monkeypatch.syspath_prepend(str(tmp_path))

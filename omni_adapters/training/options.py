@@ -52,6 +52,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
     run.add_argument("--bf16", action="store_true", help="autocast to bfloat16; not for nanochat, which casts by itself")
     run.add_argument("--loss", choices=FORMS, default="auto",
                      help="the host's own, or head and loss in one; auto: the faster")
+    run.add_argument("--compile", action="store_true", help="one graph for each shape, of which there are few; not with fsdp2")
     run.add_argument("--validate-every", type=int, default=200, help="steps between validations")
     run.add_argument("--validate-rows", type=int, default=256, help="clips in a validation, which every rank does whole")
     run.add_argument("--max-answer", type=int, default=64, help="tokens of a generated answer")

@@ -43,6 +43,7 @@ from omni_adapters.shapes import BadInput, listing
 Engine = Literal["ddp", "fsdp2"]
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets
 POLL = 0.02  # seconds between two looks into the store
+MOST_SHAPES = 64  # graphs of one module; torch's own limit of 8 is for programs whose shapes nobody has bounded
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -173,17 +174,24 @@ def leave(error: BaseException) -> NoReturn:
 # ---- engines -----------------------------------------------------------------------------------------------------------
 
 
-def wrap(omni: OmniGPT, ranks: Ranks, engine: Engine) -> nn.Module:
+def wrap(omni: OmniGPT, ranks: Ranks, engine: Engine, *, compiled: bool = False) -> nn.Module:
     """`omni` on the ranks' device, with rank 0's values of all that trains: what to call in its place for a training step.
 
     "ddp" returns a DistributedDataParallel around it, "fsdp2" shards it in place and returns `omni` itself; alone both
     return `omni`, which a group of one rank still shards. Make optimizers afterwards: the parameters are others then.
     Under either engine all ranks take every step together, with equally many micro-batches, heard or silent. Under FSDP2
     whatever calls the GPT does (validation, `generate` to the same number of tokens), and so do `save_adapter` and
-    `description`. Raises BadInput for an unknown engine, a GPT without blocks to shard, one that is sharded already.
+    `description`.
+
+    compiled: calls of `omni` run as one graph for each shape (`data/buckets`), captured as CUDA graphs on CUDA; not with
+    "fsdp2", whose own hooks break graphs.
+
+    Raises BadInput for an unknown engine, a GPT without blocks to shard, one that is sharded already.
     """
     if engine not in ("ddp", "fsdp2"):
         raise BadInput("wrap", f"engine {engine!r}", "'ddp' or 'fsdp2'")
+    if compiled and engine == "fsdp2":
+        raise BadInput("wrap", "compiled with engine 'fsdp2'", "compiled with 'ddp', or neither")
     if any(isinstance(module, FSDPModule) for module in omni.modules()):
         raise BadInput("wrap", "an OmniGPT that is sharded already", "one that is not", "wrap it once")
     share_values(omni, ranks)
@@ -191,6 +199,10 @@ def wrap(omni: OmniGPT, ranks: Ranks, engine: Engine) -> nn.Module:
         shard(omni, ranks)
         return omni
     omni.to(ranks.device)
+    if compiled:
+        mode = {"mode": "reduce-overhead"} if ranks.device.type == "cuda" else {}
+        torch._dynamo.config.recompile_limit = max(MOST_SHAPES, torch._dynamo.config.recompile_limit)
+        omni.compile(fullgraph=True, dynamic=False, **mode)
     if ranks.num_ranks == 1:
         return omni
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13

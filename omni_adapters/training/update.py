@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omni_adapters.data.buckets import to_bucket
 from omni_adapters.data.clips import Batch, ClipSource, loader
 from omni_adapters.data.epochs import Order, Step, deal, evenly
 from omni_adapters.features import Features, features_to
@@ -26,6 +27,7 @@ from omni_adapters.shapes import BadInput
 from omni_adapters.training.pictures import plotting
 from omni_adapters.training.ranks import Ranks, clip_gradients, finish_gradients, gradient_sync
 from omni_adapters.training.turns import Turns
+from omni_adapters.training.validation import hear
 
 MAX_ROWS = 200_000  # some ten seconds of looking
 
@@ -76,6 +78,16 @@ def planned_batches(order: Order, source: ClipSource, ranks: Ranks, epoch: int, 
     plan, ahead = tee(order.steps(epoch, step_in_epoch))
     shares = (deal(step.groups, ranks.rank, ranks.num_ranks) for step in ahead)
     yield from zip(plan, loader(source, shares, num_workers=num_workers))
+
+
+def given_sound(omni: OmniGPT, source: ClipSource, sound: Features, idx: Tensor, targets: Tensor,
+                bucketed: bool) -> tuple[Tensor, Tensor, dict[str, Features]]:
+    """idx, targets and the keyword that hands `sound` to an OmniGPT. `bucketed`, for one that is compiled: of few shapes, and
+    encoded beforehand, since encoders' inputs have shapes of their own."""
+    if not bucketed:
+        return idx, targets, {source.kind: sound}
+    features, idx, targets = to_bucket(hear(omni, source, sound), idx, targets)
+    return idx, targets, {"audio_features": features}
 
 
 def train_step(model: nn.Module, omni: OmniGPT, optimizer: torch.optim.Optimizer, turns: Turns, ranks: Ranks,
