@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.group import Device, Group, Suite, Variant
-from omni_adapters.lora import Form, LoRALinear, inject_lora, lora_layers
+from omni_adapters.lora import Form, LoRALinear, inject_lora, lora_by_path, lora_layers
 from omni_adapters.reference_gpt import GPT, GPTConfig, Linear
 
 RANK, ALPHA, ROWS = 16, 32.0, 4096
 SIZES = {"quick": [(768, 3072), (3072, 768)],
          "full": [(384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768), (1280, 5120), (5120, 1280)]}
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # sums of 5120 terms in fp32; some roundings of x, W, y and dy to 2⁻⁹
+BLOCK_BOUND = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # six matmuls, three norms and a softmax, one inside the other
 FORMS: dict[str, Form] = {"ours": "auto", "ours: two-path": "two_path"}
 TARGETS = ["c_q", "c_k", "c_v", "c_proj", "c_fc"]
 
@@ -173,8 +174,8 @@ def saved_bytes(net: nn.Module, *inputs: Any) -> int:
 
 
 def block_group(width: int, rows: int, device: Device) -> Group:
-    """A block of the reference GPT, LoRA on attention and MLP. bf16 over fp32 masters on either device: nanochat's way on CUDA,
-    and where what PEFT keeps differs; on a CPU fp32 too, which is what trains there."""
+    """A block of the reference GPT, LoRA on attention and MLP. Timed in bf16 over fp32 masters on CUDA, as nanochat, and in fp32
+    on a CPU; saved bytes are those of bf16 on both."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rng = torch.Generator().manual_seed(0)
     x, ve, dy = (torch.randn(1, rows, width, generator=rng).to(device, dtype) for _ in range(3))
@@ -184,14 +185,45 @@ def block_group(width: int, rows: int, device: Device) -> Group:
         "frozen block": lambda: block(width, rows, device),
         **{name: partial(adapted_block, width, rows, device, form) for name, form in FORMS.items()}}
     if has_peft():
-        builders["PEFT"] = lambda: with_peft(block(width, rows, device), TARGETS)
+        builders["PEFT"] = lambda: with_factors_of(with_peft(block(width, rows, device), TARGETS),
+                                                   adapted_block(width, rows, device, "two_path"))
     nets = {name: build() for name, build in builders.items()}
     half = (x.detach().bfloat16().requires_grad_(), ve.bfloat16(), tuple(table.bfloat16() for table in cos_sin), rows, None)
-    variants = [Variant(name, partial(step, net, inputs, dy), saved_bytes=saved_bytes(net, *half)) for name, net in nets.items()]
+    variants = [Variant(name, partial(step, net, inputs, dy), error=block_error(net, nets["ours: two-path"], inputs, dy),
+                        saved_bytes=saved_bytes(net, *half)) for name, net in nets.items()]
     if not has_peft():
         variants.append(Variant("PEFT", why="peft is not installed"))
     case = f"block of width {width}, {rows} rows, {str(dtype).removeprefix('torch.')}; saved bytes in bf16"
-    return Group("lora", case, "frozen block", variants)
+    return Group("lora", case, "frozen block", variants, BLOCK_BOUND[dtype])
+
+
+def block_error(net: nn.Module, reference: nn.Module, inputs: tuple[Any, ...], dy: Tensor) -> float:
+    """Of output and gradients, against the two-path block on fp64 inputs, which casts its weights and factors to fp64; the frozen
+    block is its own reference."""
+    reference = reference if any(p.requires_grad for p in net.parameters()) else net
+    x, ve, cos_sin, *rest = inputs
+    wide = (x.detach().double().requires_grad_(), ve.double(), tuple(table.double() for table in cos_sin), *rest)
+    expected = [step(reference, wide, dy.double()), wide[0].grad, *factor_gradients(reference)]
+    came = [step(net, inputs, dy), x.grad, *factor_gradients(net)]
+    return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(came, expected, strict=True))
+
+
+def factor_gradients(net: nn.Module) -> list[Tensor]:
+    """A and B of each layer in turn, whatever their names."""
+    return [p.grad.double() for p in net.parameters() if p.grad is not None]
+
+
+def with_factors_of(net: nn.Module, ours: nn.Module) -> nn.Module:
+    """PEFT's layers with our A and B."""
+    for (path, layer), (other, mine) in zip(peft_layers(net), lora_by_path(ours).items(), strict=True):
+        assert path == other
+        layer.get_parameter("lora_A.default.weight").data.copy_(mine.lora_a)
+        layer.get_parameter("lora_B.default.weight").data.copy_(mine.lora_b)
+    return net
+
+
+def peft_layers(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in net.named_modules() if hasattr(module, "lora_A")]
 
 
 def block(width: int, rows: int, device: Device) -> nn.Module:
@@ -208,6 +240,6 @@ def adapted_block(width: int, rows: int, device: Device, form: Form) -> nn.Modul
     net = block(width, rows, device)
     inject_lora(net, RANK, ALPHA)
     for layer in lora_layers(net, "benchmarks.lora"):
-        nn.init.normal_(layer.lora_b, std=0.02)
+        layer.lora_b.data.normal_(std=0.02)  # from the generator that block() seeds
         layer.form = form
     return net

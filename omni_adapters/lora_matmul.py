@@ -4,12 +4,13 @@
     backward    dx = dy W'              dA = s · (dy B)ᵀ x        dB = s · dyᵀ (x Aᵀ)
 
 Notable:
-- x is all that is kept for backward besides parameters: W' is made again there, from fewer than 2 · r / rows of the step's flops
-- W' is summed in fp32 (fp64 where a factor is fp64) and rounded once, to the dtype of the matmul. An update of 10⁻³ of W is then
-  kept in the mean, since it moves that share of the weights over a rounding boundary; added to y in bf16 it is mostly lost
+- x is all that is kept for backward besides parameters: W' is made again there, for r / (2 · rows) of the step's flops
+- W' is summed in fp32 (fp64 where x or a factor is) and rounded once, to the dtype of the matmul. An update far below a bf16
+  step of an fp32 W is then kept in the mean, since it moves its share of the weights over a boundary; added to y in bf16 most of
+  it is lost. Over a W that is bf16 itself, all of whose weights lie between boundaries, most is lost in either form
 - no gradient of W is made, (out, in) wide; those of A and B are summed in fp32 whatever the dtype of x
 - differentiable twice, as backward is made of differentiable operations on saved inputs
-(The order of products: Han et al., Run LoRA Run, arXiv:2312.03415.)
+(Other orders of these products: Cherniuk et al., Run LoRA Run, arXiv:2312.03415.)
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float, scale_b: bool) -> Tensor:
-    """weight + scaling · b @ a, in fp32 or wider. Forward and backward scale different factors, so that a compiler sees two
-    tensors: one that both passes used would be kept from the first to the second, for every layer."""
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
-    return torch.addmm(weight, scaling * b, a) if scale_b else torch.addmm(weight, b, scaling * a)
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, scale_b: bool) -> Tensor:
+    """weight + scaling · b @ a in `dtype`, summed in fp32 or wider. Forward and backward scale different factors, so that a
+    compiler sees two tensors: one that both passes used would be kept from the first to the second, for every layer."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.promote_types(dtype, torch.float32))
+    weight, a, b = weight.to(wide), a.to(wide), b.to(wide)
+    return (torch.addmm(weight, scaling * b, a) if scale_b else torch.addmm(weight, b, scaling * a)).to(dtype)
 
 
 class MergedLinear(torch.autograd.Function):
@@ -55,7 +56,7 @@ class MergedLinear(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
                 dtype: torch.dtype) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            w = merged_weight(weight, a, b, scaling, False).to(dtype)
+            w = merged_weight(weight, a, b, scaling, dtype, scale_b=False)
             return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -70,7 +71,7 @@ class MergedLinear(torch.autograd.Function):
         dx = da = db = None
         with torch.autocast(x.device.type, enabled=False):
             if wants_x:
-                dx = (dy @ merged_weight(weight, a, b, ctx.scaling, True).to(ctx.dtype)).to(x.dtype)
+                dx = (dy @ merged_weight(weight, a, b, ctx.scaling, ctx.dtype, scale_b=True)).to(x.dtype)
             if wants_a or wants_b:
                 da, db = factor_gradients(x.reshape(-1, x.size(-1)), dy.reshape(-1, dy.size(-1)), a, b, ctx.scaling, ctx.dtype)
         return dx, None, None, da if wants_a else None, db if wants_b else None, None, None

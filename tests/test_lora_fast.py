@@ -11,7 +11,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,11 +21,13 @@ from hosts import bits, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from omni_adapters.host_linear import linear_form
 from omni_adapters.lora import LoRALinear, inject_lora, lora_layers, lora_parameters
-from omni_adapters.lora_matmul import merged_linear
+from omni_adapters.lora_matmul import factor_gradients, merged_linear
 from omni_adapters.reference_gpt import GPT, Linear
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16)}
@@ -73,16 +75,18 @@ def terms(layer: LoRALinear, x: Tensor) -> dict[str, int]:
 # ---- the equation ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), data=st.data(), bias=st.booleans())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [nn.Linear, Linear])
 @pytest.mark.parametrize("form", ["merged", "two_path"])
-def test_output_and_gradients_are_the_equation(form: str, dtype: torch.dtype, n_in: int, n_out: int, data: st.DataObject,
-                                               bias: bool) -> None:
+def test_output_and_gradients_are_the_equation(form: str, kind: type[nn.Linear], dtype: torch.dtype, n_in: int, n_out: int,
+                                               data: st.DataObject, bias: bool) -> None:
     rank = data.draw(st.integers(1, min(n_in, n_out)))
     shape = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    layer = layer_of(n_in, n_out, rank, bias, form=form)
-    layer.to(dtype)  # A and B stay fp32
+    layer = layer_of(n_in, n_out, rank, bias, kind, form)
+    if kind is nn.Linear:
+        layer.to(dtype)  # A and B stay fp32; under a class that casts, W does too
     x, dy = torch.randn(*shape, n_in, dtype=dtype), torch.randn(*shape, n_out, dtype=dtype)
     assert layer.runs_merged(x) == (form == "merged")
     came, wanted, most = results(layer, x, dy), expected(layer, x, dy), expected(layer, x, dy, absolute=True)
@@ -134,6 +138,23 @@ def test_bf16_over_fp32_masters_rounds_weight_and_output_once_and_sums_their_gra
     for name in "ab":
         assert bool(((came[name] - wanted[name]).abs() <= terms(layer, x)[name] * EPS[torch.float32] * most[name]).all()), name
     assert layer(x).dtype == torch.bfloat16 and layer.lora_a.grad.dtype == torch.float32
+
+
+def test_on_cuda_halves_go_through_matmuls_that_return_fp32() -> None:
+    """On tensors without storage, as here may be no GPU: shapes, dtypes, and which operators run. Not what they compute."""
+    class Matmuls(TorchDispatchMode):
+        ran: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.ran.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.no_grad(), Matmuls():
+        x, dy = (torch.empty(50, width, device="cuda", dtype=torch.bfloat16) for width in (24, 40))
+        a, b = torch.empty(4, 24, device="cuda"), torch.empty(40, 4, device="cuda")
+        da, db = factor_gradients(x, dy, a, b, 2.0, torch.bfloat16)
+    assert [op for op in Matmuls.ran if "mm" in op] == ["aten.mm.dtype"] * 4
+    assert (da.shape, db.shape, da.dtype, db.dtype) == ((4, 24), (40, 4), torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Linear])
