@@ -37,6 +37,7 @@ class CastWeights:
         self.dtype = dtype
         self.paths: dict[nn.Parameter, str] = {}
         self.originals: dict[nn.Parameter, Tensor] = {}
+        self.layers: list[tuple[nn.Module, nn.Parameter]] = []
         self.handles: list[RemovableHandle] = []
 
     @torch.no_grad()
@@ -46,24 +47,27 @@ class CastWeights:
             self.paths[weight] = path
             self.originals[weight] = weight.data.cpu()
             weight.data = weight.data.to(self.dtype)
+        self.layers.append((layer, weight))
         self.handles += [layer.register_forward_pre_hook(self.watch, with_kwargs=True),
-                         layer.register_state_dict_post_hook(partial(self.save)),  # torch marks it, as it cannot a method
+                         layer.register_state_dict_post_hook(partial(self.save, weight)),
                          layer.register_load_state_dict_pre_hook(self.load)]
 
     def watch(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An x of another dtype than the weight was cast to would meet rounded weights: this layer gets its own back first."""
+        """An x of another dtype would meet rounded weights, and a weight that trains is to be fp32: such a layer gets its own
+        back first."""
         x, weight = (*args, *kwargs.values())[0], weight_of(layer)
-        if x.dtype == self.dtype or weight.dtype != self.dtype:
+        if weight.dtype != self.dtype or (x.dtype == self.dtype and not weight.requires_grad):
             return
         if torch.compiler.is_compiling():
-            raise BadInput(WHERE, f"activations of {x.dtype} at {type(layer).__name__} under torch.compile", f"{self.dtype}",
-                           "run a forward before compiling: it leaves out the layers that read another dtype")
+            raise BadInput(WHERE, f"activations of {x.dtype} at a {'trained' if weight.requires_grad else 'frozen'} "
+                           f"{type(layer).__name__} under torch.compile", f"{self.dtype} at frozen ones",
+                           "run a forward before compiling: it leaves out the layers that do not fit")
         self.release(weight)
 
-    def save(self, layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        original = self.originals.get(weight_of(layer))
-        if original is not None:
-            state[f"{prefix}weight"] = original
+    def save(self, weight: nn.Parameter, layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if weight in self.originals:
+            check_own(layer, weight)
+            state[f"{prefix}weight"] = self.originals[weight]
 
     def load(self, layer: nn.Module, *_: Any) -> None:
         """What is loaded goes into the weight that came, not into its rounded stand-in; it is not cast again."""
@@ -77,9 +81,14 @@ class CastWeights:
             del self.paths[weight]
 
     def restore(self) -> None:
-        """Every weight as it came, bit for bit, and no hook of ours. A second call does nothing."""
+        """Every weight as it came, bit for bit, and no hook of ours. A second call does nothing. Raises BadInput where a layer
+        has another Parameter since, as after fully_shard; nothing is restored then."""
+        for layer, weight in self.layers:
+            if weight in self.originals:
+                check_own(layer, weight)
         for weight in list(self.originals):
             self.release(weight)
+        self.layers.clear()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -88,11 +97,13 @@ class CastWeights:
 def cast_frozen(gpt: nn.Module, dtype: torch.dtype) -> CastWeights:
     """Cast to `dtype`, once, the frozen weights that the GPT's own linear layers would cast in every forward.
 
-    dtype: of the activations, bfloat16 or float16. A layer that reads another dtype gets its weight back at its first forward.
+    dtype: of the activations, bfloat16 or float16. A layer that reads another dtype, or trains, gets its weight back at its
+           next forward.
 
     Outputs are the same bit for bit, so is what state_dict() gives (originals on the CPU), and load_state_dict loads into the
     weights as they came. Call it after LoRA is in and before torch.compile; call restore() before the GPT is cast to another
-    dtype, sharded, or unfrozen. Read a weight through its layer or state_dict(): the Parameter itself is rounded.
+    dtype or sharded, and not between a forward and its backward. Read a weight through its layer or state_dict(): the Parameter
+    itself is rounded.
 
     Raises BadInput where no weight qualifies; the GPT is then as it came.
     """
@@ -125,6 +136,13 @@ def casting_layers(gpt: nn.Module, dtype: torch.dtype) -> list[tuple[str, nn.Lin
     mine = {id(m) for m in found.values()}
     shared = {id(p) for m in gpt.modules() if id(m) not in mine for p in m._parameters.values() if p is not None}
     return [(plain_name(name), m) for name, m in found.items() if id(m.weight) not in shared]
+
+
+def check_own(layer: nn.Module, weight: nn.Parameter) -> None:
+    """What was put in a cast weight's place, as by fully_shard, is rounded: it is neither saved nor left behind unsaid."""
+    if weight_of(layer) is not weight:
+        raise BadInput(WHERE, f"a {type(layer).__name__} whose cast weight was replaced", "the Parameter that was cast",
+                       "call restore() before the GPT is sharded or converted")
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:

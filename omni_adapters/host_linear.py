@@ -2,7 +2,7 @@
 
 A host may bring a linear class of its own: nanochat's casts an fp32 master to the dtype of x, others scale, quantise or mask.
 A stand-in that shares everything with the layer but its tensors, which hold waves, is run beside F.linear: who agrees
-bit for bit, in training mode and in evaluation, may be replaced by F.linear.
+bit for bit, in training mode and in evaluation, with autocast and without, may be replaced by F.linear.
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ def linear_form(layer: nn.Linear) -> LinearForm:
 
 @torch.no_grad()
 def agrees(layer: nn.Linear, dtype: torch.dtype) -> bool:
-    """Whether the class's forward is F.linear with everything cast to x's `dtype`; not, where it raises."""
+    """Whether the class's forward is F.linear with everything cast to x's `dtype`, under autocast too; not, where it raises."""
     twin, device = stand_in(layer), layer.weight.device
     x = wave(ROWS, layer.weight.size(1), device).to(dtype)
-    bias = None if twin.bias is None else twin.bias.to(dtype)
+    weight, bias = twin.weight.to(dtype), None if twin.bias is None else twin.bias.to(dtype)
     own_generator = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=own_generator), torch.autocast(device.type, enabled=False):
-        expected = F.linear(x, twin.weight.to(dtype), bias)
-        return all(same(outcome(twin, x, training), expected) for training in (True, False))
+    other = torch.float16 if dtype is torch.bfloat16 else torch.bfloat16  # autocast to x's own dtype would show nothing
+    for autocast in (False, True):
+        with torch.random.fork_rng(devices=own_generator), torch.autocast(device.type, other, enabled=autocast):
+            expected = F.linear(x, weight, bias)
+            if not all(same(outcome(twin, x, training), expected) for training in (True, False)):
+                return False
+    return True
 
 
 def stand_in(layer: nn.Linear) -> nn.Linear:

@@ -125,13 +125,38 @@ def test_a_layer_that_reads_another_dtype_gets_its_weight_back() -> None:
     assert torch.equal(layer(x=torch.ones(1, 32)), F.linear(torch.ones(1, 32), reference().transformer["h"][0].mlp.c_fc.weight))
 
 
+def test_a_weight_that_trains_is_fp32_again() -> None:
+    gpt, other = nanochat_like(), nanochat_like()
+    cast = cast_frozen(gpt, BF16)
+    for each in (gpt, other):
+        each.lm_head.weight.requires_grad_()
+    assert same(step(gpt), step(other)) and gpt.lm_head.weight.grad.dtype == torch.float32
+    gpt.lm_head.weight.data += 1
+    assert torch.equal(gpt.state_dict()["lm_head.weight"], other.lm_head.weight + 1)
+    cast.restore()
+    assert torch.equal(gpt.lm_head.weight, other.lm_head.weight + 1)
+
+
+def test_a_weight_replaced_meanwhile_is_not_saved_rounded() -> None:
+    gpt = nanochat_like()
+    cast = cast_frozen(gpt, BF16)
+    came, gpt.lm_head.weight = gpt.lm_head.weight, nn.Parameter(gpt.lm_head.weight.data, requires_grad=False)
+    for call in (gpt.state_dict, cast.restore):
+        with pytest.raises(BadInput, match=r"a Linear whose cast weight was replaced.*Call restore\(\) before"):
+            call()
+    assert gpt.smear_gate.weight.dtype == BF16, "nothing restored by half"
+    gpt.lm_head.weight = came
+    cast.restore()
+    assert state_bits(gpt) == state_bits(nanochat_like())
+
+
 def test_under_torch_compile() -> None:
     gpt = nanochat_like()
     before = gpt(IDX)
     cast_frozen(gpt, BF16)
     assert torch.equal(torch.compile(gpt, backend="aot_eager", fullgraph=True)(IDX), before)
     layer = torch.compile(gpt.transformer["h"][0].mlp.c_fc, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"activations of torch\.float32 at Linear under torch\.compile"):
+    with pytest.raises(Exception, match=r"activations of torch\.float32 at a frozen Linear under torch\.compile"):
         layer(torch.ones(1, 32))
 
 

@@ -283,6 +283,12 @@ class Quantised(nn.Linear):
         return F.linear(x, (self.weight * 8).round() / 8, self.bias)
 
 
+class WithoutAutocast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
 class CastingBias(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -312,7 +318,8 @@ class Raising(nn.Linear):
 
 @pytest.mark.parametrize(("kind", "form"), [(nn.Linear, "plain"), (Linear, "casting"), (CastingBias, "casting"),
                                             (CastingX, "plain"), (Counting, "plain"), (Doubling, "own"),
-                                            (DoublingInTraining, "own"), (Dropping, "own"), (Quantised, "own"), (Raising, "own")])
+                                            (DoublingInTraining, "own"), (Dropping, "own"), (Quantised, "own"), (Raising, "own"),
+                                            (WithoutAutocast, "own")])
 @pytest.mark.parametrize("change", [lambda m: m, lambda m: m.requires_grad_(False).eval(), lambda m: m.bfloat16(),
                                     lambda m: m.weight.data.zero_()], ids=["", "frozen", "bf16", "zero"])
 def test_a_hosts_class_is_asked_what_it_computes(kind: type[nn.Linear], form: str, change: Callable[[nn.Module], Any]) -> None:
