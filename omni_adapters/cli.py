@@ -17,6 +17,7 @@ from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shard_format import DTYPES
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.shapes import BadInput, MissingExtra
+from omni_adapters.training.options import add_context_option
 from omni_adapters.training.sources import identity, open_encoder
 
 
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
                                   description="Run again, it goes on where it was stopped. Under torchrun ranks share the work.")
     extract.add_argument("--manifest", type=Path, required=True, help='JSON Lines: {"audio": path, "text": …, "seconds": …}')
     extract.add_argument("--encoder", required=True, help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id")
+    add_context_option(extract)
     extract.add_argument("--out", type=Path, required=True, help="folder of the shards")
     extract.add_argument("--samples-per-shard", type=int, default=256, help="clips in a tar file (default %(default)s)")
     extract.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the features (default %(default)s)")
@@ -54,7 +56,7 @@ def run_extract(args: argparse.Namespace) -> None:
     rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = read_manifest(args.manifest)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    encoder = open_encoder(args.encoder, device)
+    encoder = open_encoder(args.encoder, device, args.context)
     out = write_shards(rows, encoder, args.out, description=identity(encoder), samples_per_shard=args.samples_per_shard,
                        dtype=DTYPES[args.dtype], batch_seconds=args.batch_seconds, max_seconds=args.max_seconds,
                        on_bad="skip" if args.skip_bad else "refuse", rank=rank, num_ranks=num_ranks)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.collective import is_sharded, whole
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
+from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.prepender import SoftTokenPrepender
 
 
@@ -46,7 +47,7 @@ def describe_host(prepender: SoftTokenPrepender, sha256: Digest) -> dict[str, An
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     """What it is, where it came from, and a digest of its weights, None where it has none; its rates where it hears;
-    `dtype` where that is not float32."""
+    `dtype` where that is not float32, and a Whisper's `context` and `long` where they are not the defaults."""
     parameters = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
     weights = encoder.state_dict() if isinstance(encoder, nn.Module) and parameters else {}
     source = getattr(encoder, "source", None)
@@ -54,6 +55,8 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
                                  "d_model": encoder.d_model, "sha256": digest(weights) if weights else None}
     if isinstance(encoder, AudioEncoder):
         described |= {"frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate}
+    if isinstance(encoder, WhisperEncoder):
+        described |= encoder.settings()
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
     return described if dtypes <= {"float32"} else described | {"dtype": ", ".join(sorted(dtypes))}
 

@@ -28,7 +28,7 @@ from omni_adapters.collective import on_first_rank, whole
 from omni_adapters.descriptions import check_same
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
-from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.encoders.whisper import SETTINGS, WhisperEncoder
 from omni_adapters.features import Features
 from omni_adapters.fingerprints import Digest, describe_encoder, describe_host
 from omni_adapters.head_loss import LossForm
@@ -44,9 +44,9 @@ from omni_adapters.splice import SoftTokens
 
 Waveforms = Sequence["Tensor | np.ndarray | None"]
 
-ENCODERS: dict[str, Callable[[str | None, torch.dtype], AudioEncoder]] = {
-    "LogMelEncoder": lambda source, dtype: LogMelEncoder(),
-    "WhisperEncoder": lambda source, dtype: WhisperEncoder(source, dtype=dtype),
+ENCODERS: dict[str, Callable[[str | None, torch.dtype, dict[str, Any]], AudioEncoder]] = {
+    "LogMelEncoder": lambda source, dtype, settings: LogMelEncoder(),
+    "WhisperEncoder": lambda source, dtype, settings: WhisperEncoder(source, dtype=dtype, **settings),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SAVED = {"host", "encoder", "projector", "value_embeds", "insert_at", "placeholders", "lora"}  # keys of a description
@@ -315,6 +315,7 @@ class OmniGPT(nn.Module):
             for side in (*here.values(), *theirs.values()):
                 side.pop("source", None)  # the same weights may come from another place
                 side.pop("dtype", None)   # the digest knows it
+                side.pop("long", None)    # which clips are refused, not what is heard in others
                 if any_weights:
                     side.pop("sha256", None)
             check_same(where, theirs, here)
@@ -405,7 +406,7 @@ def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
     name = saved.get("dtype", "float32")
     if name not in DTYPES:
         raise BadInput(where, f"an encoder in {name!r:.40}", f"one in {', '.join(DTYPES)}", "pass the encoder itself")
-    return ENCODERS[saved["type"]](saved["source"], DTYPES[name])
+    return ENCODERS[saved["type"]](saved["source"], DTYPES[name], {name: saved[name] for name in SETTINGS if name in saved})
 
 
 def short_window(gpt: nn.Module) -> int | None:

@@ -1,11 +1,15 @@
-"""Whisper's encoder, frozen: 30 s of sound become 1500 frames of d_model channels at 50 Hz.
+"""Whisper's encoder, frozen: sound becomes frames of d_model channels at 50 Hz, 1500 for 30 s.
 
 Notable:
 - frozen from birth: no parameter asks for a gradient, `train()` of any parent leaves it in eval, and what comes out
   carries no autograd graph, yet may be saved by the graph that follows (`no_grad`, not `inference_mode`)
 - only the encoder's tensors are read from the checkpoint; the decoder never enters memory
-- the values are transformers' own, bit for bit: its feature extractor and its encoder do the work
-- sound is padded with silence to 30 s, the only length transformers' encoder takes; `lens` counts what was sound
+- context="full": the values are transformers' own, bit for bit: its feature extractor and its encoder do the work. Sound is
+  padded with silence to 30 s, the only length transformers' encoder takes; `lens` counts what was sound
+- context="clip": a clip is encoded as long as it is (`whisper_chunks`), at a fraction of the cost. Its features differ from
+  those of "full", where every frame attends to the silence too: an adapter belongs to one of the two
+- either way a clip's mel frames are the same: the waveform is padded with silence, never the mel
+- sound over 30 s is cut every 30 s, each chunk encoded alone, as a clip of its own; "full" does so only when asked
 
 Whisper: Radford et al. 2022, arXiv:2212.04356.
 """
@@ -16,7 +20,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,36 +28,53 @@ from torch import Tensor, nn
 
 from omni_adapters.encoders.protocol import check_waveforms
 from omni_adapters.encoders.weights import fetch_weights, weight_files
+from omni_adapters.encoders.whisper_chunks import CONV_STRIDE, Chunk, encode_batches, encode_clips, num_frames, plan, similar
 from omni_adapters.features import Features
 from omni_adapters.shapes import BadInput, listing, shape
 
 DEFAULT_ID = "openai/whisper-base"
 REQUIRED_FILES = ("config.json", "preprocessor_config.json")
-CONV_STRIDE = 2  # mel frames per encoder frame, the stride of the second convolution
+EDGE_HOPS = 2  # of silence after a clip: frames reach 200 samples beyond the last one, as they do where 30 s are padded
 WAYS_OUT = (
     "Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors, "
     'WhisperEncoder("path/to/whisper"); name another model with WHISPER_HF_ID or WHISPER_MS_ID; point HF_ENDPOINT or '
     "MODELSCOPE_ENDPOINT at a mirror that answers, in the environment of the process."
 )
 
+Context = Literal["full", "clip"]
+Long = Literal["refuse", "chunk"]
+DEFAULT_LONG: dict[Context, Long] = {"full": "refuse", "clip": "chunk"}
+SETTINGS = ("context", "long")  # arguments that decide the features, and which clips have any
+
 
 class WhisperEncoder(nn.Module):
-    """Waveforms → frozen Whisper features (B, 1500, d_model) at 50 Hz. An `AudioEncoder`.
+    """Waveforms → frozen Whisper features (B, T, d_model) at 50 Hz, T = 1500 for context="full". An `AudioEncoder`.
 
-    source: a directory with a Whisper checkpoint in safetensors; or `hf:owner/name` or `ms:owner/name`, a model on
-            Hugging Face or ModelScope; or plain `owner/name`, on Hugging Face. Only that one place is tried.
-            None: ModelScope's $WHISPER_MS_ID if that is set, then Hugging Face's $WHISPER_HF_ID, by default
-            openai/whisper-base.
-    device: where the weights live; None is the CPU.
-    dtype:  of weights and features; None is float32, whatever the checkpoint holds. float16 overflows in some layers.
+    source:  a directory with a Whisper checkpoint in safetensors; or `hf:owner/name` or `ms:owner/name`, a model on
+             Hugging Face or ModelScope; or plain `owner/name`, on Hugging Face. Only that one place is tried.
+             None: ModelScope's $WHISPER_MS_ID if that is set, then Hugging Face's $WHISPER_HF_ID, by default
+             openai/whisper-base.
+    device:  where the weights live; None is the CPU.
+    dtype:   of weights and features; None is float32, whatever the checkpoint holds. float16 overflows in some layers.
+    context: what a frame attends to. "full": 30 s, the clip and silence, as Whisper was trained. "clip": the clip alone; a
+             clip costs what it is long, and is the same in any batch but for float rounding.
+    long:    what becomes of a clip over 30 s. "refuse": BadInput. "chunk": it is cut every 30 s, the chunks are encoded
+             apart, and their frames stand in one row, in order, nothing dropped. None is "refuse" for "full", "chunk" for
+             "clip".
+    max_chunks: chunks of 30 s encoded at once, padding included, for "clip" and for what is cut: it bounds memory.
 
     Attributes: `source` says where the weights came from; `n_mels` and `d_model` are the checkpoint's.
     Raises WeightsUnavailable when no place has the weights, BadInput when what is there is no Whisper checkpoint.
     """
 
     def __init__(self, source: str | os.PathLike[str] | None = None, *, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+                 dtype: torch.dtype | None = None, context: Context = "full", long: Long | None = None,
+                 max_chunks: int = 16) -> None:
         super().__init__()
+        check_settings(context, long, max_chunks)
+        self.context: Context = context
+        self.long: Long = long or DEFAULT_LONG[context]
+        self.max_chunks = max_chunks
         directory, self.source = fetch_weights("WhisperEncoder", candidates(source), REQUIRED_FILES, WAYS_OUT)
         self.encoder = load_encoder(directory, dtype or torch.float32).to(device or "cpu")
         self.extractor = load_extractor(directory, self.encoder.config)
@@ -62,6 +83,7 @@ class WhisperEncoder(nn.Module):
         self.frame_rate: float = self.sampling_rate / (self.hop_length * CONV_STRIDE)           # Hz
         self.n_mels: int = self.encoder.config.num_mel_bins
         self.d_model: int = self.encoder.config.d_model
+        self.chunk_frames: int = self.encoder.config.max_source_positions * CONV_STRIDE         # mel frames in 30 s
         self.requires_grad_(False)
         self.eval()
 
@@ -69,37 +91,115 @@ class WhisperEncoder(nn.Module):
         """Stays in eval whatever a parent asks: dropout in a frozen encoder would only be noise on the features."""
         return super().train(False)
 
-    def preprocess(self, waveforms: Sequence[Tensor | np.ndarray]) -> Features:
-        """16 kHz mono clips of up to 30 s → values (B, n_mels, 3000) float32 on the CPU, lens (B,) in mel frames.
+    def settings(self) -> dict[str, str]:
+        """`context` and `long` where they are not the defaults: what an adapter or a shard says of them."""
+        return {name: value for name, value, default in (("context", self.context, "full"),
+                                                         ("long", self.long, DEFAULT_LONG[self.context])) if value != default}
 
-        A clip has ceil(samples / 160) of them. Raises BadInput for what `check_waveforms` refuses and for a clip over
-        30 s, which is never cut unasked.
+    def preprocess(self, waveforms: Sequence[Tensor | np.ndarray]) -> Features:
+        """16 kHz mono clips → values (B, n_mels, T_mel) float32 on the CPU, lens (B,) = ceil(samples / 160) in mel frames.
+
+        T_mel is the longest clip's; for context="full" 3000, or the multiple of it that holds the longest. A clip over 30 s
+        is its chunks' mel frames one after the other, each normalised by its own loudest cell, as a clip is. Beyond a
+        clip (for "full", beyond its last chunk) values are 0 and not looked at.
+
+        Raises BadInput for what `check_waveforms` refuses and, with long="refuse", for a clip over 30 s, which is never cut
+        unasked.
         """
         clips = check_waveforms("WhisperEncoder.preprocess", waveforms)
+        limit = self.extractor.n_samples
+        if self.long == "refuse":
+            self.check_lengths(clips)
+        lens = torch.tensor([-(-len(clip) // self.hop_length) for clip in clips], dtype=torch.int64)
+        if self.context == "full" and max(len(clip) for clip in clips) <= limit:
+            return Features(self.mel([clip.numpy() for clip in clips], padding="max_length"), lens)
+        mels = [torch.cat([self.chunk_mel(chunk.numpy()) for chunk in clip.split(limit)], dim=1) for clip in clips]
+        values = torch.zeros(len(mels), self.n_mels, max(mel.size(1) for mel in mels))
+        for row, mel in zip(values, mels):
+            row[:, :mel.size(1)] = mel
+        return Features(values, lens)
+
+    def check_lengths(self, clips: Sequence[Tensor]) -> None:
         limit = self.extractor.n_samples
         for number, clip in enumerate(clips):
             if len(clip) > limit:
                 seconds, most = len(clip) / self.sampling_rate, limit / self.sampling_rate
                 raise BadInput("WhisperEncoder.preprocess", f"clip {number} of {seconds:.2f} s ({len(clip)} samples)",
-                               f"at most {most:g} s ({limit} samples)", "cut it into shorter clips")
-        arrays = [clip.numpy() for clip in clips]
-        mel = self.extractor(arrays, sampling_rate=self.sampling_rate, return_tensors="pt")["input_features"]
-        return Features(mel, torch.tensor([-(-len(clip) // self.hop_length) for clip in clips], dtype=torch.int64))
+                               f"at most {most:g} s ({limit} samples)", 'cut it into shorter clips, or let long="chunk" do so')
+
+    def chunk_mel(self, samples: np.ndarray) -> Tensor:
+        """(samples,) of at most 30 s → mel (n_mels, T): of ceil(samples / 160) frames, or of 3000 for context="full".
+
+        The clip is followed by silence as far as its frames, or those next to them, see: so they and their loudest cell are
+        those of the clip padded to 30 s.
+        """
+        if self.context == "full":
+            return self.mel([samples], padding="max_length")[0]
+        frames = -(-len(samples) // self.hop_length)
+        whole = min((frames + EDGE_HOPS) * self.hop_length, self.extractor.n_samples)
+        return self.mel([np.pad(samples, (0, whole - len(samples)))], padding="longest")[0, :, :frames]
+
+    def mel(self, arrays: list[np.ndarray], padding: str) -> Tensor:
+        """transformers' feature extractor: arrays (samples,) → (B, n_mels, T_mel)."""
+        made = self.extractor(arrays, sampling_rate=self.sampling_rate, padding=padding, return_tensors="pt")
+        values: Tensor = made["input_features"]
+        return values
 
     @torch.no_grad()
     def forward(self, inputs: Features) -> Features:
-        """What `preprocess` returned, on any device → values (B, 1500, d_model), lens = ceil(mel frames / 2).
+        """What `preprocess` returned, on any device → values (B, ceil(T_mel / 2), d_model), lens = ceil(mel frames / 2).
 
-        Inputs move to the weights' device and dtype. Frames beyond lens are Whisper's view of the silent padding.
+        Inputs move to the weights' device and dtype. Frames beyond lens are 0, or, for context="full", Whisper's view of the
+        silent padding. What is cut or masked by `lens` reads them as integers: keep them on the CPU to spare CUDA a wait.
         """
         mel, lens = inputs
-        frames = self.encoder.config.max_source_positions * CONV_STRIDE
-        if mel.ndim != 3 or mel.shape[1:] != (self.n_mels, frames) or lens.shape != mel.shape[:1]:
-            raise BadInput("WhisperEncoder", f"values {shape(mel.shape)} with lens {shape(lens.shape)}",
-                           f"values {shape(['B', self.n_mels, frames])} with lens (B,)", "pass what preprocess returns")
+        self.check_mel(mel, lens)
         weight = self.encoder.conv1.weight
-        values = self.encoder(mel.to(weight.device, weight.dtype)).last_hidden_state
-        return Features(values, ((lens + CONV_STRIDE - 1) // CONV_STRIDE).to(values.device))
+        mel = mel.to(weight.device, weight.dtype)
+        if self.context == "full" and mel.size(2) == self.chunk_frames:
+            values = self.encoder(mel).last_hidden_state
+        else:
+            values = self.encode(mel, plan(read_lens(mel, lens), self.chunk_frames))
+        return Features(values, num_frames(lens).to(values.device))
+
+    def encode(self, mel: Tensor, chunks: list[Chunk]) -> Tensor:
+        """Chunks of mel (B, n_mels, T_mel), at most `max_chunks` times 30 s at once → (B, ceil(T_mel / 2), d_model)."""
+        if self.context == "clip":
+            batches = similar(chunks, self.max_chunks * self.chunk_frames)
+            return encode_batches(mel, batches, self.d_model, lambda cut, lens: encode_clips(self.encoder, cut, lens))
+        batches = [chunks[start:start + self.max_chunks] for start in range(0, len(chunks), self.max_chunks)]
+        return encode_batches(mel, batches, self.d_model, lambda cut, lens: self.encoder(cut).last_hidden_state,
+                              width=self.chunk_frames)
+
+    def check_mel(self, mel: Tensor, lens: Tensor) -> None:
+        frames = self.chunk_frames
+        fits, wanted = mel.ndim == 3 and mel.size(2) == frames, str(frames)
+        if self.context == "clip":
+            fits, wanted = mel.ndim == 3 and mel.size(2) > 0, "T_mel"
+        elif self.long == "chunk":
+            fits, wanted = mel.ndim == 3 and mel.size(2) > 0 and mel.size(2) % frames == 0, f"a multiple of {frames}"
+        if not fits or mel.size(1) != self.n_mels or lens.shape != mel.shape[:1]:
+            raise BadInput("WhisperEncoder", f"values {shape(mel.shape)} with lens {shape(lens.shape)}",
+                           f"values {shape(['B', self.n_mels, wanted])} with lens (B,)", "pass what preprocess returns")
+
+
+def check_settings(context: object, long: object, max_chunks: object) -> None:
+    if context not in get_args(Context):
+        raise BadInput("WhisperEncoder", f"context {context!r:.40}", "'full' or 'clip'")
+    if long is not None and long not in get_args(Long):
+        raise BadInput("WhisperEncoder", f"long {long!r:.40}", "'refuse', 'chunk' or None")
+    if isinstance(max_chunks, bool) or not isinstance(max_chunks, int) or max_chunks < 1:
+        raise BadInput("WhisperEncoder", f"max_chunks {max_chunks!r:.40}", "an integer ≥ 1")
+
+
+def read_lens(mel: Tensor, lens: Tensor) -> list[int]:
+    """The lengths as integers, refused where they lie outside the tensor."""
+    found = [int(length) for length in lens.tolist()]
+    for row, length in enumerate(found):
+        if not 0 <= length <= mel.size(2):
+            raise BadInput("WhisperEncoder", f"lens[{row}] = {length} for values {shape(mel.shape)}", f"0 ≤ lens ≤ {mel.size(2)}",
+                           "lens count mel frames, as preprocess does")
+    return found
 
 
 def candidates(source: str | os.PathLike[str] | None) -> list[str | Path]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from omni_adapters.encoders.whisper import Context
 from omni_adapters.head_loss import FORMS
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.trackers import OPENERS
@@ -35,10 +36,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--train", type=Path, required=True, help="feature shards (a folder) or a manifest (JSON Lines)")
     data.add_argument("--valid", type=Path, required=True, help="the same, of clips never trained on")
     data.add_argument("--encoder", default="log_mel", help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id")
+    add_context_option(data)
     data.add_argument("--form", choices=("chat", "plain"), default="chat", help="how a row is written (training/turns.py)")
     data.add_argument("--question", default="", help="asked after the sound where a row has no question of its own")
     data.add_argument("--max-tokens", type=int, default=12_000, help="feature frames in a micro-batch, padding included")
     data.add_argument("--micro-batches", type=int, default=1, help="micro-batches in a step, over all ranks together")
+
+
+def add_context_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--context", choices=get_args(Context), default="full", help="what Whisper hears: clips padded to 30 s "
+                        "(full), or as long as they are, those over 30 s in chunks (clip)")
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
@@ -77,10 +84,11 @@ def host_of(args: argparse.Namespace) -> tuple[str, str]:
 def deciding(args: argparse.Namespace, **identities: Any) -> dict[str, Any]:
     """What a run's result follows from, as JSON values: the options that decide, and `identities` of GPT, encoder and data.
 
-    Paths are left out, since the same data may lie elsewhere tomorrow; the identities stand for them.
+    Paths are left out, since the same data may lie elsewhere tomorrow; the identities stand for them, and for the encoder's
+    context.
     """
-    paths = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder"}
-    options = {name: value for name, value in vars(args).items() if name not in FREE | paths}
+    identified = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder", "context"}
+    options = {name: value for name, value in vars(args).items() if name not in FREE | identified}
     return {"options": options, **identities}
 
 

@@ -16,15 +16,22 @@ from omni_adapters.data.shards import ShardReader
 from omni_adapters.descriptions import differences
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
-from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.encoders.whisper import Context, WhisperEncoder
 from omni_adapters.features import Features
 from omni_adapters.fingerprints import describe_encoder
 from omni_adapters.shapes import BadInput, listing
 
 
-def open_encoder(name: str, device: torch.device | str = "cpu") -> AudioEncoder:
-    """`log_mel`, or what WhisperEncoder takes: a directory, an id, hf:id or ms:id."""
-    return LogMelEncoder().to(device) if name == "log_mel" else WhisperEncoder(name, device=device)
+def open_encoder(name: str, device: torch.device | str = "cpu", context: Context = "full") -> AudioEncoder:
+    """`log_mel`, or what WhisperEncoder takes: a directory, an id, hf:id or ms:id.
+
+    context: a Whisper's. Log-mel frames are of the clip alone in any case; BadInput for them with "clip".
+    """
+    if name != "log_mel":
+        return WhisperEncoder(name, device=device, context=context)
+    if context != "full":
+        raise BadInput("open_encoder", f"log_mel with context {context!r}", "a Whisper", "leave --context out")
+    return LogMelEncoder().to(device)
 
 
 def open_source(path: str | os.PathLike[str], encoder: AudioEncoder) -> ClipSource:
@@ -38,7 +45,8 @@ def open_source(path: str | os.PathLike[str], encoder: AudioEncoder) -> ClipSour
     changed = differences({"encoder": reader.config["description"]}, {"encoder": identity(encoder)})
     if changed:
         raise BadInput(f"open_source({os.fspath(path)})", f"shards of another encoder ({listing(changed, len(changed))})",
-                       "shards of the encoder in use", "name the one they were extracted with as --encoder, or extract again")
+                       "shards of the encoder in use", "name the one they were extracted with as --encoder, with its --context, "
+                       "or extract again")
     return MelShards(reader) if isinstance(encoder, LogMelEncoder) else reader
 
 
