@@ -13,6 +13,8 @@ Notable:
 - |l_j − l_t| ≤ 2c, so e^{l_j − l_t} stays in range by itself and no row maximum is looked for
 - both compute in fp32 (fp64 where an input is fp64), whatever the inputs or autocast say: e^l turns an absolute error of l
   into a relative one of the loss's gradient, and a bf16 logit near 15 is off by up to 0.03
+- on CUDA, `triton` and `cublas` multiply in the inputs' own dtype and sum in fp32, on tensor cores
+  (`omni_adapters.kernels.linear_cross_entropy`); everything around that, from ignored rows to torch.compile, is shared
 (Rows in chunks, gradients in the forward: Liger-Kernel, arXiv:2410.10989.)
 """
 
@@ -20,16 +22,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapters.shapes import BadInput, shape
+from omni_adapters.shapes import BadInput, MissingExtra, shape
 
 WHERE = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
+DEVICE_FORMS = ("triton", "cublas")
 CHUNK_BYTES = 2**26  # of logits at a time: 512 rows of 32768 in fp32. A chunk reads the whole weight: 64 rows take 1.3 × the time
 CHUNK_ROWS = 128  # at least, where a vocabulary is so large that CHUNK_BYTES hold fewer rows
 BLOCK_BYTES = 2**22  # of logits that go through all element-wise passes together: they and their copy stay in L2 and L3
@@ -39,7 +43,7 @@ WORTH_CHUNKING = 2**18  # logits (rows not ignored × V) from which chunks win: 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None,
                          ignore_index: int = -1, reduction: Literal["mean", "sum", "none"] = "mean",
-                         impl: Literal["auto", "plain", "chunked"] = "auto") -> Tensor:
+                         impl: Literal["auto", "plain", "chunked", "triton", "cublas"] = "auto") -> Tensor:
     """−log softmax(softcap · tanh(hidden · weightᵀ / softcap))[targets]; gradients to `hidden` and `weight`.
 
     hidden:    (..., C), any floating dtype.
@@ -47,8 +51,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sof
     targets:   (...) int64, in 0 … V − 1, or `ignore_index`.
     softcap:   in logits, > 0; None leaves logits as they are.
     reduction: "mean" over the rows not ignored, "sum", or "none": one loss a row, 0 at ignored rows.
-    impl:      "plain" or "chunked"; "auto" is chunked where that is faster: from 2¹⁸ logits on, and with a trained weight from
-               C / 2 rows on. Rows not ignored count; under torch.compile, which cannot count those, all do.
+    impl:      "plain" or "chunked", or on CUDA, beside triton, "triton" (a frozen weight, a softcap up to 32, both inputs bf16
+               or both fp32) or "cublas" (any). "auto" is chunked where that is faster than plain: from 2¹⁸ logits on, and with
+               a trained weight from C / 2 rows on. Rows not ignored count; under torch.compile, which cannot count those, all
+               do. On CUDA it is triton where both inputs are bf16 and that can run, else cublas, and without triton as above.
 
     Returns a scalar, or (...) for "none", in fp32, or fp64 where an input is fp64: autocast changes nothing. Gradients have
     their input's dtype, rounded once. Ignored rows get a gradient of exactly 0.
@@ -57,6 +63,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sof
     where the weight is trained, its gradient in fp32; it refuses double backward. With reduction="none" and a trained weight,
     backward computes the logits again, since each row's share of the weight's gradient waits for that row's upstream.
 
+    Triton and cublas hold 32 MB of buffers at any N and the gradient of hidden, in hidden's dtype for a mean: that is rounded
+    twice where what comes back to the mean is no power of two. With "sum" and "none" it is held in fp32 until backward. Where
+    the weight is trained, its gradient in fp32 is held, and logits of as many bytes. Cublas logits have the inputs' dtype, as
+    in a GPT that casts its logits to fp32 after its head. The same bits come twice.
+
     Raises BadInput for shapes that do not meet, targets out of range, softcap ≤ 0, and a mean over no rows. Under
     torch.compile values are not looked at: there a mean over no rows is NaN.
     """
@@ -64,6 +75,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sof
     V, C = weight.shape
     flat_hidden, flat_targets = hidden.reshape(-1, C), targets.reshape(-1)
     rows = check_values(flat_targets, V, ignore_index, reduction)
+    if impl in DEVICE_FORMS or (impl == "auto" and beside_triton(hidden, weight)):
+        form = device_form(impl, hidden, weight, softcap)
+        return on_device(form, flat_hidden, weight, flat_targets, softcap, ignore_index, reduction).reshape(
+            targets.shape if reduction == "none" else ())
     compute = implementation(impl, rows, weight)
     losses = compute(flat_hidden, weight, flat_targets, softcap, ignore_index, reduction == "none")
     if reduction == "mean":
@@ -77,7 +92,7 @@ def implementation(impl: str, rows: int, weight: Tensor) -> Callable[[Tensor, Te
     if impl == "auto":
         return chunked if worth_chunking(rows, weight) else plain
     if impl not in named:
-        raise BadInput(WHERE, f"impl = {impl!r}", f"one of auto, {', '.join(named)}")
+        raise BadInput(WHERE, f"impl = {impl!r}", f"one of auto, {', '.join((*named, *DEVICE_FORMS))}")
     return named[impl]
 
 
@@ -173,13 +188,17 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | No
 # An operator of its own: torch.compile takes it into its graph as it is, with loops and row counts that depend on values.
 @torch.library.custom_op("omni_adapters::linear_cross_entropy", mutates_args=())
 def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, softcap: float | None,
-                       ignore_index: int, by_row: bool, hidden_wanted: bool,
-                       weight_wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+                       ignore_index: int, by_row: bool, hidden_wanted: bool, weight_wanted: bool, form: str = "chunked",
+                       mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, Σ upstream · ∂loss/∂hidden, Σ upstream · ∂loss/∂weight), in the accumulation dtype.
 
     upstream (N,), None for ones. Losses are (N,) if by_row, else their sum. A gradient that is not wanted has no elements.
     By rows and with the weight wanted, gradients wait for their upstream: without one, both are left out.
+    form "triton" or "cublas": on the device; with `mean`, loss and gradients are those of the mean, hidden's in its own dtype.
     """
+    if form != "chunked":
+        return device_loss_and_gradients(hidden, weight, targets, upstream, softcap, ignore_index, by_row, hidden_wanted,
+                                         weight_wanted, form, mean)
     dtype = accumulation_dtype(hidden, weight)
     if deferred(upstream, by_row, weight_wanted):
         hidden_wanted = weight_wanted = False
@@ -257,20 +276,90 @@ def fast_tanh_(x: Tensor) -> Tensor:
     return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
+# ---- on CUDA ---------------------------------------------------------------------------------------------------------
+
+
+def beside_triton(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels can run: fp64 and GPUs before sm_80, which have no bf16 tensor cores, are left to torch."""
+    return (hidden.is_cuda and weight.is_cuda and accumulation_dtype(hidden, weight) == torch.float32
+            and find_spec("triton") is not None and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
+
+
+def device_form(impl: str, hidden: Tensor, weight: Tensor, softcap: float | None) -> str:
+    """"triton" or "cublas", as `linear_cross_entropy` says, or why not."""
+    kinds = {hidden.dtype, weight.dtype}
+    can = {"a frozen weight": not wants_gradient(weight), "a softcap up to 32": softcap is not None and softcap <= RANGE / 2,
+           "both inputs bf16 or both fp32": kinds in ({torch.bfloat16}, {torch.float32})}
+    if impl == "auto":
+        return "triton" if all(can.values()) and kinds == {torch.bfloat16} else "cublas"
+    if torch.float64 in kinds:
+        raise BadInput(WHERE, f"impl = {impl!r} with hidden of {hidden.dtype}, weight of {weight.dtype}", "no fp64",
+                       'use impl="chunked"')
+    if find_spec("triton") is None:
+        raise MissingExtra(WHERE, "triton", "dev")
+    if not ((hidden.is_cuda and weight.is_cuda) or interpreted()):
+        raise BadInput(WHERE, f"impl = {impl!r} on {hidden.device}", "tensors on CUDA", 'use impl="chunked"')
+    missing = [need for need, met in can.items() if not met]
+    if impl == "triton" and missing:
+        raise BadInput(WHERE, "impl = 'triton' without " + ", ".join(missing), ", ".join(can), 'use impl="cublas"')
+    return impl
+
+
+def interpreted() -> bool:
+    from omni_adapters.kernels.linear_cross_entropy import INTERPRETED
+    return INTERPRETED
+
+
+def on_device(form: str, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignore_index: int,
+              reduction: str) -> Tensor:
+    return loss_and_gradients(hidden, weight, targets, None, None if softcap is None else float(softcap), ignore_index,
+                              reduction == "none", wants_gradient(hidden), wants_gradient(weight), form, reduction == "mean")[0]
+
+
+def device_loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, softcap: float | None,
+                              ignore_index: int, by_row: bool, hidden_wanted: bool, weight_wanted: bool, form: str,
+                              mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss_and_gradients` by the kernels: rows are named to them by index, and their results have their place from the start."""
+    from omni_adapters.kernels import linear_cross_entropy as kernels
+
+    if deferred(upstream, by_row, weight_wanted):
+        hidden_wanted = weight_wanted = False
+    rows = (targets != ignore_index).nonzero().squeeze(1)
+    n, kept = rows.numel(), hidden.dtype if mean else torch.float32
+    new = hidden.new_empty if n == targets.numel() else hidden.new_zeros
+    dx = new(hidden.shape if hidden_wanted else 0, dtype=kept)
+    dw = weight.new_zeros(weight.shape if weight_wanted else 0, dtype=torch.float32)
+    factor = 1 / n if mean and n else 1.0
+    losses = hidden.new_empty(0, dtype=torch.float32)
+    if n:
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        x, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
+        into = dx if hidden_wanted else None
+        if form == "triton":
+            losses = kernels.bounded(x, w, targets, rows, softcap or 0.0, factor, into)
+        else:
+            scale = None if upstream is None else upstream[rows].float()
+            losses = kernels.by_row(x, w, targets, rows, scale, softcap, factor, into, dw if weight_wanted else None)
+    if by_row:
+        return losses if n == targets.numel() else losses.new_zeros(targets.shape).index_copy_(0, rows, losses), dx, dw
+    return losses.sum() * factor if n or not mean else losses.sum() / 0, dx, dw
+
+
 @loss_and_gradients.register_fake
 def _(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, softcap: float | None, ignore_index: int,
-      by_row: bool, hidden_wanted: bool, weight_wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+      by_row: bool, hidden_wanted: bool, weight_wanted: bool, form: str = "chunked",
+      mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(hidden, weight)
     later = deferred(upstream, by_row, weight_wanted)
     return (hidden.new_empty(targets.shape if by_row else (), dtype=dtype),
-            hidden.new_empty(hidden.shape if hidden_wanted and not later else (0,), dtype=dtype),
+            hidden.new_empty(hidden.shape if hidden_wanted and not later else (0,), dtype=hidden.dtype if mean else dtype),
             weight.new_empty(weight.shape if weight_wanted and not later else (0,), dtype=dtype))
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets, upstream, *ctx.options = inputs
-    _, by_row = ctx.options[1:3]
-    ctx.deferred = deferred(upstream, by_row, ctx.options[-1])
+    _, _, by_row, _, weight_wanted, *_ = ctx.options
+    ctx.deferred = deferred(upstream, by_row, weight_wanted)
     ctx.dtypes = hidden.dtype, weight.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(targets, *((hidden, weight) if ctx.deferred else output[1:]))
@@ -279,17 +368,27 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
 def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """upstream (N,) by rows, else a scalar. It may hold anything at ignored rows, whose gradient is 0 all the same."""
     if torch.is_grad_enabled():
-        raise BadInput(f"{WHERE}, impl chunked", "a backward with create_graph=True", "one derivative", 'use impl="plain"')
+        raise BadInput(f"{WHERE}, impl {ctx.options[5]}", "a backward with create_graph=True", "one derivative",
+                       'use impl="plain"')
     targets, first, second = ctx.saved_tensors
-    _, ignore_index, _, hidden_wanted, weight_wanted = ctx.options
+    _, ignore_index, _, hidden_wanted, weight_wanted, _, mean = ctx.options
     scale = upstream.where(targets != ignore_index, 0)  # (N,)
     if ctx.deferred:
         _, dx, dw = loss_and_gradients(first, second, targets, scale, *ctx.options)
+    elif mean and hidden_wanted and type(first) is Tensor:
+        dx = torch.mul(first, scale[:, None], out=first if last_use() else torch.empty_like(first))
+        dw = second * upstream if weight_wanted else second
     else:
         dx = first * scale[:, None] if hidden_wanted else first
         dw = second * upstream if weight_wanted else second
     return (dx.to(ctx.dtypes[0]) if hidden_wanted else None, dw.to(ctx.dtypes[1]) if weight_wanted else None,
-            *[None] * 7)
+            *[None] * 9)
+
+
+def last_use() -> bool:
+    """Whether autograd lets go of what it saved after this backward, so that it may be written over."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 loss_and_gradients.register_autograd(backward, setup_context=remember)
