@@ -7,6 +7,10 @@ Forward and backward of 1500 rows of width 384 at vocabulary 32768, fp32, softca
 the weight trained, 32 rows of 1500 supervised, and no softcap, since torch's own F.linear_cross_entropy has none.
 Before a time counts, loss and gradients must agree with the equation in fp64. Memory is what a step holds at most beyond what
 was there before, gradients included. What cannot run here is "n/a".
+
+`groups` hands the same comparison to the suite, on CUDA in bf16 at 4096 rows, width 768, vocabulary 32768, beside torch.compile,
+Liger-Kernel and Apple's cut-cross-entropy. There an error is a root mean square, and none may be above that of logits written
+out in bf16 by more than chance.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from importlib.util import find_spec
@@ -28,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import omni_adapters
+from benchmarks.group import Device, Group, Suite, Variant
 from benchmarks.step import ROOT, peak_bytes, seconds
 from omni_adapters.loss import linear_cross_entropy
 
@@ -49,7 +54,7 @@ CASES = {"frozen": Case("weight frozen"), "trained": Case("weight trained", trai
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """What a GPT's forward does. As there, the logits are let go of when it returns, but for what backward needs."""
-    logits = F.linear(hidden, weight)
+    logits = F.linear(hidden, weight).float()  # a half-precision head rounds its logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, ignore_index=-1)
@@ -72,13 +77,18 @@ def variants(softcap: float | None, device: str) -> dict[str, Loss | None]:
     return found
 
 
-def batch(case: Case, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states as after a norm; a weight that spreads the logits by 1, as early in training."""
-    rng = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(N, C, generator=rng), torch.randn(V, C, generator=rng) / C**0.5
-    targets = torch.randint(V, (N,), generator=rng)
-    targets[case.supervised:] = -1
+def batch(case: Case, device: str, dtype: torch.dtype = torch.float32,
+          size: tuple[int, int, int] = (N, C, V)) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states as after a norm; a weight that spreads the logits by 1, as early in training. size: rows, width, vocabulary."""
+    rng, (rows, width, vocabulary) = torch.Generator().manual_seed(0), size
+    hidden, weight = torch.randn(rows, width, generator=rng), torch.randn(vocabulary, width, generator=rng) / width**0.5
+    targets = torch.randint(vocabulary, (rows,), generator=rng)
+    targets[graded(case, rows):] = -1
     return (hidden.to(device, dtype).requires_grad_(), weight.to(device, dtype).requires_grad_(case.trained), targets.to(device))
+
+
+def graded(case: Case, rows: int) -> int:
+    return rows * case.supervised // N
 
 
 def step(loss_of: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -98,6 +108,111 @@ def results(loss_of: Loss, case: Case, device: str, dtype: torch.dtype) -> list[
     hidden, weight, targets = batch(case, device, dtype)
     loss = step(loss_of, hidden, weight, targets)
     return [value.double() for value in (loss, hidden.grad, weight.grad) if value is not None]
+
+
+# ---- for the suite ---------------------------------------------------------------------------------------------------
+
+SIZES: dict[tuple[Suite, Device], tuple[int, int, int]] = {
+    ("quick", "cpu"): (256, 128, 8192), ("full", "cpu"): (N, C, V), ("quick", "cuda"): (1024, 768, 32768),
+    ("full", "cuda"): (4096, 768, 32768)}
+
+
+def groups(suite: Suite, device: Device) -> Iterator[Group]:
+    size, dtype = SIZES[suite, device], torch.bfloat16 if device == "cuda" else torch.float32
+    for case in CASES.values():
+        yield group(case, size, dtype, suite, device)
+
+
+def group(case: Case, size: tuple[int, int, int], dtype: torch.dtype, suite: Suite, device: Device) -> Group:
+    """Every variant over the same tensors; a step begins by letting go of the gradients of the one before."""
+    tensors = batch(case, device, dtype, size)
+    exact = came(partial(linear_cross_entropy, softcap=case.softcap, impl="chunked"),
+                 tuple(tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+                       for tensor in tensors))
+    rows, width, vocabulary = graded(case, size[0]), *size[1:]
+    element, made = dtype.itemsize, [variant(name, loss_of, tensors, exact) for name, loss_of in contenders(case, suite, device)]
+    flops = (6 if case.trained else 4) * rows * width * vocabulary
+    least = element * width * (2 * rows + (3 if case.trained else 2) * vocabulary)  # inputs read, gradients written, once each
+    made = [one._replace(flops=flops, bytes=least) if one.step else one for one in made]
+    own = made[0].error or 0.0
+    bound = TOLERANCE if dtype == torch.float32 else 1.05 * own
+    return Group("loss", f"{case.title}, {size[0]} × {width} × {vocabulary}, {dtype}".replace("torch.", ""), "naive", made, bound)
+
+
+def contenders(case: Case, suite: Suite, device: Device) -> Iterator[tuple[str, Loss | str]]:
+    """Name and loss, or why there is none. The first is what ratios and errors are held against."""
+    written_out = partial(naive, softcap=case.softcap)
+    yield "naive", written_out
+    slow_start = device == "cpu" and suite == "quick"
+    yield "torch.compile", "takes seconds to compile" if slow_start else torch.compile(written_out)
+    for impl in ("plain", "chunked", "triton", "cublas"):
+        yield impl, why_not(impl, case, device) or partial(linear_cross_entropy, softcap=case.softcap, impl=impl)
+    yield "torch, chunked", variants(case.softcap, device)["torch, chunked"] or "F.linear_cross_entropy is not there or has no softcap"
+    yield from others(case, device)
+
+
+def why_not(impl: str, case: Case, device: Device) -> str:
+    if impl not in ("triton", "cublas"):
+        return ""
+    if device == "cpu" or not find_spec("triton"):
+        return "needs CUDA and triton"
+    return "needs a frozen weight and a softcap" if impl == "triton" and (case.trained or case.softcap is None) else ""
+
+
+def others(case: Case, device: Device) -> Iterator[tuple[str, Loss | str]]:
+    """Liger-Kernel as it comes and with larger chunks; cut-cross-entropy as it comes and with no gradient left out."""
+    for name, extra in (("liger", {}), ("liger, chunk_mem_const=16", {"chunk_mem_const": 16})):
+        yield name, missing("liger_kernel", device) or liger(case, extra)
+    for name, extra in (("cce", {}), ("cce, exact", {"filter_eps": None})):
+        yield name, missing("cut_cross_entropy", device) or cut_cross_entropy(case, extra)
+
+
+def missing(package: str, device: Device) -> str:
+    return "needs CUDA" if device == "cpu" else "" if find_spec(package) else f"{package} is not installed"
+
+
+def liger(case: Case, extra: dict[str, int]) -> Loss | str:
+    from inspect import signature
+
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
+    names = list(signature(Function.forward).parameters)[1:]  # after ctx: apply takes no names, so defaults fill the places
+    if any(name not in names for name in extra):
+        return f"this version has no {', '.join(extra)}"
+    known = {name: parameter.default for name, parameter in signature(Function.forward).parameters.items()}
+    known |= {"ignore_index": -1, "softcap": case.softcap} | extra
+    rest = [known[name] for name in names[3:]]
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        result = Function.apply(hidden, weight, targets, *rest)
+        return result[0] if isinstance(result, tuple) else result
+    return loss
+
+
+def cut_cross_entropy(case: Case, extra: dict[str, None]) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy as cut
+    return lambda hidden, weight, targets: cut(hidden, weight, targets, ignore_index=-1, softcap=case.softcap, **extra)
+
+
+def variant(name: str, loss_of: Loss | str, tensors: tuple[Tensor, Tensor, Tensor], exact: list[Tensor]) -> Variant:
+    if isinstance(loss_of, str):
+        return Variant(name, why=loss_of)
+    try:
+        off = [float((one - other).square().mean().sqrt() / other.square().mean().sqrt())
+               for one, other in zip(came(loss_of, tensors), exact)]
+    except Exception as failure:  # another project's kernels, on hardware that nobody here knows
+        return Variant(name, why=f"{type(failure).__name__}: {failure}".splitlines()[0][:200])
+    return Variant(name, partial(step, loss_of, *tensors), error=max(off))
+
+
+def came(loss_of: Loss, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Loss and gradients, in fp64; nothing of them is left behind."""
+    hidden, weight, targets = tensors
+    loss = step(loss_of, hidden, weight, targets)
+    values = [value.double() for value in (loss, hidden.grad, weight.grad) if value is not None]
+    hidden.grad = weight.grad = None
+    return values
+
+
+# ---- on its own ------------------------------------------------------------------------------------------------------
 
 
 def measure_case(case: Case, device: str, repeats: int, bar: tqdm) -> dict[str, Any]:
