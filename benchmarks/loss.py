@@ -79,7 +79,7 @@ def variants(softcap: float | None, device: str) -> dict[str, Loss | None]:
 
 def batch(case: Case, device: str, dtype: torch.dtype = torch.float32,
           size: tuple[int, int, int] = (N, C, V)) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states as after a norm; a weight that spreads the logits by 1, as early in training. size: rows, width, vocabulary."""
+    """Hidden states as after a norm; a weight that spreads the logits by 1, as early in training. size: N, C, V."""
     rng, (rows, width, vocabulary) = torch.Generator().manual_seed(0), size
     hidden, weight = torch.randn(rows, width, generator=rng), torch.randn(vocabulary, width, generator=rng) / width**0.5
     targets = torch.randint(vocabulary, (rows,), generator=rng)
@@ -136,7 +136,8 @@ def group(case: Case, size: tuple[int, int, int], dtype: torch.dtype, suite: Sui
     made = [one._replace(flops=flops, bytes=least) if one.step else one for one in made]
     own = made[0].error or 0.0
     bound = TOLERANCE if dtype == torch.float32 else 1.05 * own
-    return Group("loss", f"{case.title}, {size[0]} × {width} × {vocabulary}, {dtype}".replace("torch.", ""), "naive", made, bound)
+    title = case.title if case.supervised == N else f"{rows} rows supervised"
+    return Group("loss", f"{title}, {size[0]} × {width} × {vocabulary}, {dtype}".replace("torch.", ""), "naive", made, bound)
 
 
 def contenders(case: Case, suite: Suite, device: Device) -> Iterator[tuple[str, Loss | str]]:
@@ -147,7 +148,7 @@ def contenders(case: Case, suite: Suite, device: Device) -> Iterator[tuple[str, 
     yield "torch.compile", "takes seconds to compile" if slow_start else torch.compile(written_out)
     for impl in ("plain", "chunked", "triton", "cublas"):
         yield impl, why_not(impl, case, device) or partial(linear_cross_entropy, softcap=case.softcap, impl=impl)
-    yield "torch, chunked", variants(case.softcap, device)["torch, chunked"] or "F.linear_cross_entropy is not there or has no softcap"
+    yield "torch, chunked", variants(case.softcap, device)["torch, chunked"] or "not in this torch, or not with a softcap"
     yield from others(case, device)
 
 
