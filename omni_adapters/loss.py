@@ -335,11 +335,12 @@ def device_loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, u
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         x, w = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
         into = dx if hidden_wanted else None
-        if form == "triton":
-            losses = kernels.bounded(x, w, targets, rows, softcap or 0.0, factor, into)
-        else:
-            scale = None if upstream is None else upstream[rows].float()
-            losses = kernels.by_row(x, w, targets, rows, scale, softcap, factor, into, dw if weight_wanted else None)
+        scale = None if upstream is None else upstream[rows].float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            if form == "triton":
+                losses = kernels.bounded(x, w, targets, rows, softcap or 0.0, factor, into)
+            else:
+                losses = kernels.by_row(x, w, targets, rows, scale, softcap, factor, into, dw if weight_wanted else None)
     if by_row:
         return losses if n == targets.numel() else losses.new_zeros(targets.shape).index_copy_(0, rows, losses), dx, dw
     return losses.sum() * factor if n or not mean else losses.sum() / 0, dx, dw

@@ -220,6 +220,15 @@ def test_one_graph_and_two_backwards(impl: str, trained: bool, reduction: str) -
     assert torch.equal(leaf.grad[targets >= 0], 2 * gradients[0][0])
 
 
+@pytest.mark.parametrize("impl, trained", [("triton", False), ("cublas", True)])
+def test_autocast_changes_no_bit(impl: str, trained: bool) -> None:
+    batch, came = problem(9, 16, 40), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            came.append(step(*batch, trained, softcap=15.0, impl=impl))
+    assert all(torch.equal(one, other) for one, other in zip(*came))
+
+
 @pytest.mark.parametrize("impl", ["triton", "cublas"])
 def test_a_certain_target_keeps_its_digits(impl: str) -> None:
     """z = 60 and −60 at c = 15: the target's logit is 15 tanh(4), the other's −15 tanh(4)."""
