@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow check docs bench bench-results clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -20,7 +20,11 @@ check: .venv/ready
 docs: .venv/ready  ## runs every code block of README.md and docs/
 	$(BIN)/python -m pytest tests/test_docs.py
 
-bench: .venv/ready
+bench: .venv/ready  ## minutes: every computation against its baselines; runs/benchmarks
+	$(BIN)/python -m benchmarks --suite quick
+
+bench-results: .venv/ready  ## hours: what benchmarks/results/cpu holds
+	$(BIN)/python -m benchmarks --suite full --out benchmarks/results/cpu
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.loss
