@@ -1,0 +1,364 @@
+"""The benchmark suite: what a percentile, a round, a row and a comparison are, with clocks that the test turns.
+
+Times come from a fake timer, so that every number expected here is exact; only the last section runs real steps.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import __main__ as suite
+from benchmarks import decode, report, step
+from benchmarks.group import Group, Variant
+from benchmarks.measure import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    Roofs,
+    Row,
+    measure_group,
+    peak_bytes,
+    percentiles,
+)
+from benchmarks.roofs import measure_roofs
+
+ROOT = Path(__file__).parents[1]
+ROOFS = Roofs(100.0, {"fp32": 2.0, "bf16": 8.0})
+HEADER: dict[str, Any] = {"suite": "quick", "kind": "cpu", "device": "a machine", "date": "2026-01-01", "commit": "abc",
+                          "versions": {"torch": "2"}, "roofs": ROOFS._asdict()}
+
+
+class FakeTime:
+    """A timer that says what `ms` says of a step, and a clock that goes on by as much."""
+
+    def __init__(self, ms: dict[Any, float | list[float]]) -> None:
+        self.ms = {step: (list(value) if isinstance(value, list) else value) for step, value in ms.items()}
+        self.now, self.order = 0.0, []
+
+    def timer(self, step: Any) -> float:
+        value = self.ms[step]
+        ms = value.pop(0) if isinstance(value, list) else value
+        self.now += ms / 1e3
+        self.order.append(step)
+        return ms
+
+    def clock(self) -> float:
+        return self.now
+
+
+def steps(count: int) -> list[Callable[[], None]]:
+    return [types.FunctionType((lambda: None).__code__, {}, f"step{i}") for i in range(count)]
+
+
+def measured(group: Group, ms: dict[Any, float | list[float]], budget_s: float = 0.0) -> tuple[dict[str, Row], FakeTime]:
+    time = FakeTime(ms)
+    rows = measure_group(group, "cpu", ROOFS, budget_s, timer=time.timer, clock=time.clock)
+    assert [row.variant for row in rows] == [variant.name for variant in group.variants]
+    return {row.variant: row for row in rows}, time
+
+
+# ---- times ---------------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles_are_linear_between_neighbours() -> None:
+    assert percentiles([10.0, 20, 30, 40, 50, 60]) == (20.0, 35.0, 50.0)  # 1 + 0.2 · 5 = the second, and so on
+    assert percentiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=30))
+def test_percentiles_are_in_order_and_within(times: list[float]) -> None:
+    p20, p50, p80 = percentiles(times)
+    least, most = min(times) * (1 - 1e-12), max(times) * (1 + 1e-12)
+    assert least <= p20 <= p50 <= p80 <= most
+
+
+def test_rounds_are_interleaved_and_each_begins_with_the_next_variant() -> None:
+    a, b, c = steps(3)
+    group = Group("x", "case", "a", [Variant("a", a), Variant("b", b), Variant("c", c)])
+    rows, time = measured(group, {a: 1.0, b: 2.0, c: 4.0})
+    assert time.order == [a, b, c, b, c, a, c, a, b]  # three rounds although no time was given
+    assert {row.rounds for row in rows.values()} == {MIN_ROUNDS}
+    assert [rows[name].ratio for name in "abc"] == [1.0, 0.5, 0.25]
+
+
+def test_rounds_go_on_until_the_seconds_are_spent_and_no_further_than_is_useful() -> None:
+    a, b = steps(2)
+    group = Group("x", "case", "a", [Variant("a", a), Variant("b", b)])
+    assert measured(group, {a: 400.0, b: 600.0}, budget_s=4.5)[0]["a"].rounds == 5  # a round takes 1 s; the fifth begins at 4 s
+    assert measured(group, {a: 0.0, b: 1e-9}, budget_s=9.0)[0]["b"].rounds == MAX_ROUNDS
+
+
+def test_a_row_has_percentiles_rates_and_its_share_of_the_roof() -> None:
+    a, b = steps(2)
+    group = Group("x", "64 new tokens, fp32", "a", [Variant("a", a, flops=4e9, bytes=1e9, saved_bytes=7), Variant("b", b)])
+    rows, _ = measured(group, {a: [10.0, 40, 20], b: 5.0})
+    row = rows["a"]
+    assert (row.p20_ms, row.p50_ms, row.p80_ms) == pytest.approx((14, 20, 32))
+    assert row.tflops == pytest.approx(0.2) and row.gbs == pytest.approx(50) and row.tokens_per_s == pytest.approx(3200)
+    assert row.share_of_roof == pytest.approx(0.5)  # 1 GB at 100 GB/s is 10 ms, 4 GFLOP at 2 TFLOP/s only 2
+    assert row.saved_bytes == 7 and row.launches is None
+    assert rows["b"].ratio == pytest.approx(4) and rows["b"].tflops is None and rows["b"].share_of_roof is None
+
+
+def test_the_roof_is_that_of_the_dtype_in_the_case() -> None:
+    (a,) = steps(1)
+    for case, share in (("big, fp32", 0.5), ("big, bf16", 0.125), ("big", 0.5)):  # 1 TFLOP in 1 s; on a CPU fp32 is usual
+        rows, _ = measured(Group("x", case, "a", [Variant("a", a, flops=1e12)]), {a: 1000.0})
+        assert rows["a"].share_of_roof == pytest.approx(share)
+
+
+# ---- rows that are not timed -----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_run_is_a_row_and_so_is_what_is_wrong() -> None:
+    a, wrong, nan, right = steps(4)
+    variants = [Variant("a", a), Variant("peft", why="peft is not installed"), Variant("wrong", wrong, error=0.2),
+                Variant("nan", nan, error=float("nan")), Variant("right", right, error=0.1)]
+    group = Group("x", "case", "a", variants, bound=0.1)
+    rows, _ = measured(group, {a: 1.0, right: 1.0})  # the timer knows no other step
+    assert {name: row.status for name, row in rows.items()} == {"a": "ok", "peft": "n/a", "wrong": "invalid", "nan": "invalid",
+                                                                "right": "ok"}
+    assert rows["wrong"].p50_ms is None and rows["wrong"].ratio is None
+    text = report.table(list(rows.values()))
+    assert "n/a: peft is not installed" in text and "invalid: error 2.0e-01 is beyond its bound of 1.0e-01" in text
+
+
+def test_a_variant_that_raises_is_a_row_and_the_others_go_on() -> None:
+    a, b, late = steps(3)
+
+    def broken() -> None:
+        raise RuntimeError("CUDA out of memory. Tried to\nallocate")
+
+    group = Group("x", "case", "broken", [Variant("a", a), Variant("broken", broken), Variant("late", late), Variant("b", b)])
+    rows, _ = measured(group, {a: 1.0, b: 1.0, late: [1.0]})  # late has a time for its first round only: IndexError
+    assert [rows[name].status for name in ("a", "broken", "late", "b")] == ["ok", "failed", "failed", "ok"]
+    assert rows["broken"].note == "RuntimeError: CUDA out of memory. Tried to"
+    assert rows["late"].note.startswith("IndexError") and rows["b"].rounds == MIN_ROUNDS
+    assert rows["a"].ratio is None  # there is no baseline to divide by
+
+
+# ---- files and comparison --------------------------------------------------------------------------------------------------
+
+
+def ok(variant: str, p20: float, p50: float, p80: float, **more: Any) -> Row:
+    return Row("x", "case", variant, "ok", "", 1.0, p20, p50, p80, **more)
+
+
+ROWS = [ok("a", 1.0, 2.0, 3.0, rounds=5, launches=12, error=1e-7, peak_bytes=10**9), Row("x", "case", "b, c", "n/a", 'no "b"'),
+        Row("x", "other", "a", "invalid", "wrong", error=0.5, bound=0.1)]
+
+
+def test_json_and_csv_hold_the_rows(tmp_path: Path) -> None:
+    report.write(tmp_path, HEADER, ROWS)
+    assert report.read(tmp_path) == (HEADER, ROWS) == report.read(tmp_path / "suite.json")
+    assert report.read_csv(tmp_path / "suite.csv") == ROWS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["suite.csv", "suite.json"]
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    report.write(tmp_path, HEADER, [Row("x", "case", "a", "invalid", "error nan", error=float("nan"))])
+    text = (tmp_path / "suite.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["rows"][0]["error"] is None
+
+
+def test_compare_says_slower_faster_or_same() -> None:
+    old = [ok("slower", 9, 10, 11), ok("faster", 9, 10, 11), ok("same", 9, 10, 11), ok("gone", 1, 1, 1), ok("broke", 1, 1, 1)]
+    new = [ok("slower", 11.5, 12, 13), ok("faster", 4, 5, 6), ok("same", 10.9, 15, 16), ok("new", 1, 1, 1),
+           Row("x", "case", "broke", "failed", "RuntimeError: no")]
+    found = report.compare((HEADER, old), (HEADER, new), 1.1)
+    text = "\n".join(found.lines)
+    assert "slower: 1.20 × (10 [9, 11] → 12 [11.5, 13] ms) slower" in text
+    assert "faster: 0.50 ×" in text and text.count(" same\n") == 1
+    assert "broke: was ok, is failed (RuntimeError: no)" in text
+    assert "only in the first: x · case · gone" in text and "only in the second: x · case · new" in text
+    assert found.worse == ["x · case · slower", "x · case · broke"]  # "same" is 1.5 × slower, within its spread
+    assert report.compare((HEADER, old), (HEADER, new), 1.3).worse == ["x · case · broke"]
+    assert report.compare((HEADER, old), (HEADER, new), None).worse == []
+
+
+def test_compare_exits_1_where_asked_and_warns_of_another_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.write(tmp_path / "a", HEADER, [ok("a", 9, 10, 11)])
+    report.write(tmp_path / "b", HEADER | {"device": "another"}, [ok("a", 19, 20, 21)])
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert suite.main(["compare", *folders]) == 0
+    assert "are different devices" in capsys.readouterr().out
+    assert suite.main(["compare", *folders, "--fail-above", "1.1"]) == 1
+    assert suite.main(["compare", folders[1], folders[0], "--fail-above", "1.1"]) == 0
+
+
+def test_a_loss_case_says_its_rows() -> None:
+    cases = ["N=1500, frozen", "N 4,096", "frozen, 32768 rows, bf16", "weight frozen"]
+    assert [report.num_rows(case) for case in cases] == [1500, 4096, 32768, None]
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
+    def row(bench: str, case: str, variant: str, ms: float, **more: Any) -> Row:
+        return Row(bench, case, variant, "ok", "", 10 / ms, ms, ms, ms, **more)
+
+    said = report.draw_all(tmp_path, HEADER, [row("loss", "N 10", "only", 1.0)])
+    assert [line.partition(":")[0] for line in said] == [f"no {name}.png" for name in ("roofline", "ratios", "memory", "share")]
+    rows = [row("loss", f"N {N}, fp32", name, ms, peak_bytes=N * 100, flops=1e9, bytes=1e8, tflops=0.1)
+            for N in (10, 100) for name, ms in (("naive", 10.0), ("chunked", 5.0))]
+    rows += [row("step", "d6", name, ms) for name, ms in (("prepender", 10.0), ("prepender" + report.HEADLESS, 6.0))]
+    said = report.draw_all(tmp_path, HEADER, rows)
+    assert said == [str(tmp_path / f"{name}.png") for name in ("roofline", "ratios", "memory", "share")]
+    assert all(Path(path).stat().st_size > 5000 for path in said)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------
+
+
+def stub(groups: list[Group | Exception]) -> types.ModuleType:
+    module = types.ModuleType("benchmarks.loss")
+
+    def of(suite: str, device: str) -> Iterator[Group]:
+        for group in groups:
+            if isinstance(group, Exception):
+                raise group
+            yield group
+    module.groups = of  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, list[Row]]]:
+    """The suite on a bench that the test makes, in the place of benchmarks.loss, without measuring this machine's roofs."""
+    def call(groups: list[Group | Exception], *more: str) -> tuple[int, list[Row]]:
+        monkeypatch.setitem(sys.modules, "benchmarks.loss", stub(groups))
+        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(suite, "measure_roofs", lambda device: ROOFS)
+        code = suite.main(["--bench", "loss", "--seconds", "0", "--out", str(tmp_path), *more])
+        return code, report.read(tmp_path)[1]
+    return call
+
+
+def matmul() -> torch.Tensor:
+    x = torch.ones(64, 64, requires_grad=True)
+    (x @ x).sum().backward()
+    return x
+
+
+GOOD = Group("loss", "64 rows, fp32", "a", [Variant("a", matmul, error=1e-8, flops=1e6, bytes=5e4), Variant("b", matmul)], 1e-6)
+
+
+def test_a_run_measures_writes_and_exits_0(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, rows = run([GOOD])
+    assert code == 0 and [row.status for row in rows] == ["ok", "ok"]
+    assert all(row.p50_ms and row.first_ms and row.peak_bytes and row.rounds == MIN_ROUNDS for row in rows)
+    assert rows[0].peak_bytes is not None and rows[0].peak_bytes >= 2 * 64 * 64 * 4  # x and its gradient
+    header, _ = report.read(tmp_path)
+    assert header["command"] == "python -m benchmarks --bench loss --seconds 0"  # and nothing of this machine's folders
+    assert header["versions"]["torch"] == torch.__version__ and "liger-kernel" in header["versions"]
+    assert "loss: 64 rows, fp32" in capsys.readouterr().out
+    assert (tmp_path / "ratios.png").exists() and (tmp_path / "roofline.png").exists()
+    (tmp_path / "ratios.png").unlink()
+    assert suite.main(["show", str(tmp_path)]) == 0 and (tmp_path / "ratios.png").exists()
+
+
+def test_a_run_goes_on_past_what_fails_and_exits_1(run: Any) -> None:
+    wrong = Group("loss", "wrong", "a", [Variant("a", matmul, error=1.0)], 1e-6)
+    code, rows = run([wrong, GOOD, ValueError("no data")])
+    assert code == 1
+    assert [row.status for row in rows] == ["invalid", "ok", "ok", "failed"]
+    assert rows[-1].note == "ValueError: no data"
+
+
+def test_a_bench_without_groups_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.loss", types.ModuleType("benchmarks.loss"))
+    for spec, note in ((None, "there is no benchmarks.loss"), ("found", "benchmarks.loss has no groups")):
+        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        (row,) = suite.groups_of("loss", "quick", "cpu")
+        assert isinstance(row, Row) and (row.status, row.note) == ("n/a", note)
+
+
+def test_minutes_end_a_bench_with_a_row(run: Any) -> None:
+    code, rows = run([GOOD, GOOD, GOOD], "--minutes", "0")
+    assert code == 0 and [row.status for row in rows] == ["ok", "ok", "n/a"]
+    assert rows[-1].note == "--minutes 0 are spent"
+
+
+def test_a_name_that_is_no_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        suite.main(["--bench", "losses"])
+    assert "no bench losses; there are loss, lora" in capsys.readouterr().err
+
+
+# ---- the benches -----------------------------------------------------------------------------------------------------------
+
+
+def test_roofs_are_those_of_a_copy_and_a_matmul() -> None:
+    roofs = measure_roofs("cpu", num_bytes=2**20, side=64)
+    assert roofs.copy_gbs > 0 and set(roofs.matmul_tflops) == {"fp32"} and roofs.matmul_tflops["fp32"] > 0
+
+
+def test_the_peak_of_a_step_is_what_it_holds_at_a_time() -> None:
+    def two_then_one() -> None:
+        a, b = torch.empty(1000), torch.empty(500)
+        del a, b
+        torch.empty(1200)
+
+    assert peak_bytes(two_then_one, [], "cpu") == 4 * 1500
+    assert peak_bytes(lambda: None, [], "cpu") == 0
+
+
+@pytest.mark.parametrize("stage", step.STAGES)
+def test_steps_agree_with_the_hand_patched_forward_in_fp64(stage: str) -> None:
+    group = step.group_of(step.Case(1, stage, 6, 4, "cpu"), compiling=False)
+    found = {variant.name: variant for variant in group.variants}
+    assert set(found) == {*step.NAMES, *(name + report.HEADLESS for name in step.EAGER)}
+    for name in step.EAGER:
+        error, bound = found[name].error, group.bound
+        assert error is not None and bound is not None and error <= bound
+    by_hand, ours = (found[name] for name in step.EAGER)
+    assert by_hand.flops and ours.flops and by_hand.saved_bytes and ours.saved_bytes
+    C, V, soft, matmuls = 128, 32768, 6, 3 if stage == "full" else 2  # forward, hidden states' gradient, the weight's gradient
+    assert by_hand.flops - ours.flops == pytest.approx(2 * V * C * soft * matmuls, rel=1e-4)  # a smear gate is 24 wide
+    assert by_hand.saved_bytes > ours.saved_bytes
+    assert found["CUDA graph, compiled"].step is None and "CPU" in found["CUDA graph, compiled"].why
+
+
+def test_a_wrong_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step.Host, "loss_by", lambda self, name, module=None: lambda: self.headless("prepender")()
+                        + 0 * sum(p.sum() for p in self.trained.values()))
+    group = step.group_of(step.Case(1, "1", 6, 4, "cpu"), compiling=False)
+    errors = [variant.error for variant in group.variants[:2]]
+    assert all(error is not None and error > 0.1 for error in errors)
+
+
+def test_cases_of_the_suite() -> None:
+    assert {(case.depth, case.T) for case in step.cases("quick", "cpu")} == {(6, 32)}
+    full = step.cases("full", "cuda")
+    assert len(full) == len(set(full)) == 3 * 4 * 2 * 3  # depths, soft tokens, text tokens, stages
+    compiled = step.to_compile("full", "cuda")
+    assert set(full[: len(compiled)]) == set(compiled) and {case.depth for case in compiled} == {6, 12, 20}
+
+
+def test_decoding_agrees_with_and_without_a_cache() -> None:
+    first, several = decode.groups_of(1, 6, 3, "cpu")
+    for group in (first, several):
+        assert [variant.name for variant in group.variants] == list(decode.NAMES)
+        for variant in group.variants:
+            assert variant.error is not None and group.bound is not None and variant.error <= group.bound
+    tokens = [variant.step() for variant in several.variants if variant.step is not None]
+    assert len(tokens[0]) == 3 and tokens[0] == tokens[1] == tokens[2]
+    flops = [variant.flops for variant in several.variants]
+    assert flops[0] > flops[1] > flops[2]  # type: ignore[operator]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_gpu_script_can_be_read() -> None:
+    subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=ROOT, check=True)
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    limits = [int(word) for line in text.splitlines() for mark, word in zip(line.split(), line.split()[1:]) if mark == "timeout"]
+    assert len(limits) >= 3 and sum(sorted(limits)[-3:]) <= 480  # seconds
