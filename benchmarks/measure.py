@@ -32,8 +32,10 @@ MIN_ROUNDS = 3
 MAX_ROUNDS = 100   # beyond these p20 and p80 no longer move
 WARM_UPS = {"cpu": 1, "cuda": 3}  # torch.compile's CUDA graphs are recorded at the second call and replayed from the third on
 NEW_TOKENS = re.compile(r"(\d+) new tokens")  # a case that says how many tokens a step generates has tokens/s
-DTYPE = re.compile(r"\b(fp64|fp32|bf16|fp16)\b")
+DTYPES = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
+DTYPE = re.compile(rf"\b({'|'.join(DTYPES)})\b")
 USUAL = {"cpu": "fp32", "cuda": "bf16"}  # dtype whose roof counts where a case names none
+HEADLESS = ", no head"  # ends the name of a step without lm_head and loss: an ablation, of which a ratio would say nothing
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cuGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
@@ -237,7 +239,7 @@ def timed(group: Group, one: Running, device: Device, roofs: Roofs, baseline_ms:
     variant = one.variant
     p20, p50, p80 = percentiles(one.times)
     tokens = NEW_TOKENS.search(group.case)
-    ratio = None if baseline_ms is None else baseline_ms / p50
+    ratio = None if baseline_ms is None or variant.name.endswith(HEADLESS) else baseline_ms / p50
     return Row(group.bench, group.case, variant.name, "ok", variant.why, ratio, p20, p50, p80, one.first_ms, len(one.times),
                tflops=rate(variant.flops, p50, 1e12), gbs=rate(variant.bytes, p50, 1e9),
                share_of_roof=share_of_roof(variant, p50, roofs, dtype_of(group.case, device)),
@@ -251,8 +253,9 @@ def rate(amount: float | None, ms: float, unit: float) -> float | None:
 
 
 def dtype_of(case: str, device: Device) -> str:
+    """The first that a case names."""
     found = DTYPE.search(case)
-    return found[1] if found else USUAL[device]
+    return DTYPES[found[1]] if found else USUAL[device]
 
 
 def share_of_roof(variant: Variant, ms: float, roofs: Roofs, dtype: str) -> float | None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from benchmarks.measure import Roofs, Row, dtype_of
+from benchmarks.measure import HEADLESS, Roofs, Row, dtype_of
 
-HEADLESS = ", no head"  # a variant of this name's end is the step without lm_head and loss: their share is what it saves
-COLOURS = ("#2a6f97", "#e07a5f", "#81b29a", "#8d99ae", "#c9a227", "#6d597a", "#bc4749", "#577590", "#f4a261", "#3d405b")
+MOST_SHARES = 36         # bars of the share picture: the first, most important cases
+COLOURS = ("#2a6f97", "#e07a5f", "#81b29a", "#8d99ae", "#c9a227", "#6d597a", "#bc4749", "#00a5a5", "#f4a261", "#3d405b")
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------------
@@ -201,41 +201,55 @@ def draw_roofline(rows: list[Row], header: dict[str, Any], title: str, path: Pat
 
 
 def draw_ratios(rows: list[Row], header: dict[str, Any], title: str, path: Path) -> str | None:
-    """One line a case: a bar from 1 to each variant's ratio, a mark at its end."""
+    """A panel a bench: for each case, a bar from 1 to each variant's ratio. Baselines, which are 1, are not drawn."""
     import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    shown = [row for row in rows if row.ratio is not None and not row.variant.endswith(HEADLESS)]
-    shown = [row for row in shown if any(other.variant != row.variant for other in shown
-                                         if (other.bench, other.case) == (row.bench, row.case))]
+    shown = [row for row in rows if row.ratio not in (None, 1.0)]
     if not shown:
         return "no group has two variants to compare"
-    benches = list(dict.fromkeys(row.bench for row in shown))
-    cases = {bench: list(dict.fromkeys(row.case for row in shown if row.bench == bench)) for bench in benches}
-    names = {bench: list(dict.fromkeys(row.variant for row in shown if row.bench == bench)) for bench in benches}
-    heights = [max(0.34 * len(cases[bench]), 0.19 * len(names[bench])) + 0.75 for bench in benches]
-    figure, axes = plt.subplots(len(benches), 1, figsize=(10, sum(heights) + 0.4), layout="constrained", squeeze=False,
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for row in shown:
+        panels.setdefault(row.bench, {}).setdefault(row.case, []).append(row)
+    heights = [max(sum(map(case_height, cases.values())), 0.16 * len(variants_of(cases))) + 0.6 for cases in panels.values()]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(10, sum(heights) + 0.4), layout="constrained", squeeze=False,
                                 height_ratios=heights)
-    for axis, bench in zip(axes[:, 0], benches):
-        shades = colours(names[bench])
-        for row in shown:
-            if row.bench == bench and row.ratio is not None:
-                place = cases[bench].index(row.case) + 0.6 * ((names[bench].index(row.variant) + 0.5) / len(names[bench]) - 0.5)
-                axis.plot([1, row.ratio], [place, place], color=shades[row.variant], linewidth=2.2, solid_capstyle="butt")
-                axis.plot([row.ratio], [place], "o", color=shades[row.variant], markersize=3.5)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(cases[bench])), cases[bench], fontsize=7)
-        axis.set_ylim(len(cases[bench]) - 0.5, -0.5)
+    for axis, (bench, cases) in zip(axes[:, 0], panels.items()):
+        draw_bars(axis, cases, colours(variants_of(cases)))
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}") if narrow(axis) else NullFormatter())
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set_title(f"{bench}: the baseline's time ÷ this one's", fontsize=9, loc="left")
-        axis.legend([Line2D([], [], color=shade, linewidth=2.2, marker="o", markersize=3.5) for shade in shades.values()],
-                    list(shades), frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     finish(figure, path, title)
     return None
+
+
+def variants_of(cases: dict[str, list[Row]]) -> list[str]:
+    return list(dict.fromkeys(row.variant for members in cases.values() for row in members))
+
+
+def case_height(members: list[Row]) -> float:
+    """Inches: a bar each, and air between cases."""
+    return 0.09 * len(members) + 0.09
+
+
+def draw_bars(axis: Any, cases: dict[str, list[Row]], shades: dict[str, str]) -> None:
+    """From top to bottom, one unit an inch; the legend to the right."""
+    from matplotlib.patches import Patch
+
+    top, ticks = 0.0, []
+    for members in cases.values():
+        for place, row in enumerate(members):
+            assert row.ratio is not None
+            axis.barh(top + 0.045 + 0.09 * (place + 0.5), row.ratio - 1, 0.08, left=1, color=shades[row.variant])
+        ticks.append(top + case_height(members) / 2)
+        top += case_height(members)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks(ticks, list(cases), fontsize=7)
+    axis.set_ylim(top, 0)
+    axis.legend([Patch(color=shade) for shade in shades.values()], list(shades), frameon=False, fontsize=7, loc="upper left",
+                bbox_to_anchor=(1.01, 1))
 
 
 def narrow(axis: Any) -> bool:
@@ -290,6 +304,7 @@ def draw_share(rows: list[Row], header: dict[str, Any], title: str, path: Path) 
              if (case, variant + HEADLESS) in times]
     if not pairs:
         return "no step was measured with and without its head"
+    pairs = pairs[:MOST_SHARES]
     figure, axis = plt.subplots(figsize=(9, 0.23 * len(pairs) + 1.2), layout="constrained")
     places = range(len(pairs))
     longest = max(whole for _, _, whole, _ in pairs)
@@ -302,7 +317,7 @@ def draw_share(rows: list[Row], header: dict[str, Any], title: str, path: Path) 
                   fontsize=7)
     axis.set_yticks(places, [f"{case}: {variant}" for case, variant, _, _ in pairs], fontsize=7)
     axis.set_xlim(0, 1.18 * longest)
-    axis.invert_yaxis()
+    axis.set_ylim(len(pairs) - 0.4, -0.6)
     axis.set_xlabel("ms of a step", fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
     axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)

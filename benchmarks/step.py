@@ -35,8 +35,7 @@ from tqdm import tqdm
 import omni_adapters
 from benchmarks.budget import saving, sizes
 from benchmarks.group import Device, Group, Suite, Variant
-from benchmarks.measure import peak_bytes, seconds, sentence
-from benchmarks.report import HEADLESS
+from benchmarks.measure import HEADLESS, peak_bytes, seconds, sentence
 from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.lora import inject_lora

@@ -133,7 +133,8 @@ def test_ragged_rows_on_cuda_are_the_rows_alone() -> None:
         torch.testing.assert_close(together[row], one, rtol=FP32, atol=15 * FP32)  # logits lie within ±15
 
 
-def test_whisper_on_cuda_says_what_it_says_on_the_cpu(tmp_path: Path) -> None:
+def test_whisper_on_cuda_says_what_it_says_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions are in TF32 unless it is switched off
     encoder = WhisperEncoder(make_tiny_whisper(tmp_path))
     waves = [0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(3)), torch.zeros(8_000)]
     inputs = encoder.preprocess(waves)
