@@ -2,16 +2,19 @@
 
     omni-adapters extract --manifest train.jsonl --encoder openai/whisper-base --out shards/train
     torchrun --nproc_per_node=8 -m omni_adapters.cli extract …         # ranks share the work
+    omni-adapters cost --depth 12 --soft 188 --text 256 --batch 16 --gpu h200 --stage 1
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni_adapters.cost import ENCODERS, MACHINES, as_json, cost, describe
 from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shard_format import DTYPES
@@ -49,7 +52,31 @@ def parser() -> argparse.ArgumentParser:
                          "reason, and go on; a folder begun without this keeps what is finished")
     extract.add_argument("--device", default="cpu", help="where Whisper runs (default %(default)s); cuda is cuda:LOCAL_RANK")
     extract.set_defaults(run=run_extract)
+    add_cost(commands.add_parser("cost", help="what a training step takes: time, memory, price; computed, nothing runs",
+                                 description="Computed from counted FLOPs and bytes, for one micro-batch on each GPU."))
     return top
+
+
+def add_cost(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--depth", type=int, default=12, help="layers of a nanochat (default %(default)s)")
+    options.add_argument("--soft", type=int, default=188, help="soft tokens of a row (default %(default)s, 30 s of sound)")
+    options.add_argument("--text", type=int, default=256, help="text tokens of a row (default %(default)s)")
+    options.add_argument("--batch", type=int, default=16, help="rows on each GPU (default %(default)s)")
+    options.add_argument("--gpu", default="h200", help=f"one of {', '.join(MACHINES)} (default %(default)s)")
+    options.add_argument("--stage", choices=("1", "2", "full"), default="1", help="what trains: the projector, LoRA with it, or "
+                         "everything (default %(default)s)")
+    options.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 1000], help="how many (default 1 8 64 1000)")
+    options.add_argument("--engine", choices=("ddp", "fsdp2"), default="ddp", help="default %(default)s")
+    options.add_argument("--overlap", action="store_true", help="traffic beside the work, not after it")
+    options.add_argument("--price", type=float, default=3.0, help="USD for a GPU and hour: an assumption (default %(default).2f)")
+    options.add_argument("--rank", type=int, default=16, help="of LoRA (default %(default)s)")
+    options.add_argument("--stack", type=int, default=8, help="features that make a soft token (default %(default)s)")
+    options.add_argument("--frame-rate", type=float, default=50.0, help="features a second (default %(default)g, Whisper's)")
+    options.add_argument("--vocab", type=int, default=32768, help="rows of the vocabulary (default %(default)s)")
+    options.add_argument("--encoder", default="whisper-base", help=f"one of {', '.join(ENCODERS)} (default %(default)s)")
+    options.add_argument("--online", action="store_true", help="the encoder runs in each step; without, shards")
+    options.add_argument("--json", action="store_true", help="for programs: seconds and bytes")
+    options.set_defaults(run=run_cost)
 
 
 def run_extract(args: argparse.Namespace) -> None:
@@ -62,6 +89,15 @@ def run_extract(args: argparse.Namespace) -> None:
                        on_bad="skip" if args.skip_bad else "refuse", rank=rank, num_ranks=num_ranks)
     if rank == 0:
         print(out)
+
+
+def run_cost(args: argparse.Namespace) -> None:
+    found = cost(gpu=args.gpu, depth=args.depth, soft=args.soft, text=args.text, batch=args.batch, stage=args.stage,
+                 gpus=args.gpus, engine=args.engine, price=args.price, rank=args.rank, stack=args.stack,
+                 frame_rate=args.frame_rate, vocab_size=args.vocab, encoder=args.encoder, online=args.online,
+                 overlap=args.overlap)
+    print(json.dumps(as_json(found, args.gpu, args.price), indent=1) if args.json
+          else describe(found, args.gpu, args.price, args.overlap))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tiny_whisper import make_tiny_whisper
 
 from omni_adapters.cli import main
+from omni_adapters.cost import cost
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.manifest import ManifestRow, write_manifest
 from omni_adapters.data.shards import ShardReader
@@ -102,3 +104,23 @@ def test_refusals_are_one_line_and_exit_code_2(manifest: Path, tmp_path: Path, c
 def test_the_installed_command() -> None:
     done = subprocess.run([Path(sys.executable).parent / "omni-adapters", "extract", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--samples-per-shard" in done.stdout
+
+
+COST = ["cost", "--depth", "12", "--soft", "188", "--text", "256", "--batch", "16", "--gpu", "h200", "--stage", "1"]
+
+
+def test_cost_prints_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(COST) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Computed, not measured.") and "USD per 1,000 h" in printed and "| 1,000 |" in printed
+    assert main([*COST, "--gpus", "4", "--price", "6", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    found = cost(gpus=[4], price=6.0)[0]
+    assert [row["num_gpus"] for row in told["computed"]] == [4] and told["price_per_gpu_hour"] == 6
+    assert told["computed"][0]["price_per_1000_hours"] == found.price_per_1000_hours
+
+
+def test_cost_refuses_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COST, "--gpu", "h900"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "h200, h100, a100, l40s, rtx4090, cpu" in printed.err and not printed.out
