@@ -218,11 +218,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         ends = [min(row[key] for row in rows for key in (told, found)) * 0.8,
                 max(row[key] for row in rows for key in (told, found)) * 1.25]
         axis.plot(ends, ends, color="black", linewidth=0.8)
-        axis.fill_between(ends, [0.75 * end for end in ends], [1.25 * end for end in ends], color="black", alpha=0.06)
+        axis.fill_between(ends, [0.75 * end for end in ends], [1.25 * end for end in ends], color="black", alpha=0.06,
+                          label="within 25 %")
         for stage, colour in (("1", "#2a6f97"), ("2", "#e07a5f"), ("full", "#3a7d44")):
             own = [row for row in rows if row["stage"] == stage]
             axis.scatter([row[found] for row in own], [row[told] for row in own], color=colour, s=22, label=f"stage {stage}")
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"measured: {label}", ylabel="predicted")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_minor_formatter("")
+            side.set_major_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
