@@ -29,6 +29,7 @@ bench-results: .venv/ready  ## hours: what benchmarks/results/cpu holds
 	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.budget --json
+	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.stages
 
 .venv/ready: pyproject.toml constraints.txt

@@ -1,1 +1,2 @@
-"""Measurements. Each module runs with `python -m benchmarks.<name>` and writes JSON and a picture."""
+"""Measurements. `python -m benchmarks` runs the suite (loss, lora, encoder, decode, step); stages, shards, budget and cost run as
+`python -m benchmarks.<name>`. Each writes JSON and a picture."""

@@ -100,10 +100,10 @@ def cast_frozen(gpt: nn.Module, dtype: torch.dtype) -> CastWeights:
     dtype: of the activations, bfloat16 or float16. A layer that reads another dtype, or trains, gets its weight back at its
            next forward.
 
-    Outputs are the same bit for bit, so is what state_dict() gives (originals on the CPU), and load_state_dict loads into the
-    weights as they came. Call it after LoRA is in and before torch.compile; call restore() before the GPT is cast to another
-    dtype or sharded, and not between a forward and its backward. Read a weight through its layer or state_dict(): the Parameter
-    itself is rounded.
+    What layers compute is the same bit for bit, so is what state_dict() gives (originals on the CPU), and load_state_dict loads
+    into the weights as they came. Call it after LoRA is in and before torch.compile; call restore() before the GPT is cast to
+    another dtype, sharded, or given back by `remove`, and not between a forward and its backward. Read a weight through its
+    layer or state_dict(): the Parameter itself is rounded, and so is what a fused loss on the CPU, summing in fp32, reads of it.
 
     Raises BadInput where no weight qualifies; the GPT is then as it came.
     """

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from omni_adapters.anatomy import Anatomy, unwrap
 from omni_adapters.collective import is_sharded
+from omni_adapters.frozen_weights import CastWeights
+from omni_adapters.hooks import HostHooks
 from omni_adapters.host_linear import linear_form
 from omni_adapters.lora import LoRALinear
+from omni_adapters.lora_matmul import matmul_dtype
 from omni_adapters.loss import REDUCTIONS, linear_cross_entropy, saves_logits
 
 LossForm = Literal["host", "fused", "auto"]
@@ -40,6 +43,8 @@ def call_obstacle(gpt: nn.Module, anatomy: Anatomy, gpt_kwargs: Mapping[str, Any
     head = head_of(gpt, anatomy)
     if isinstance(head, LoRALinear):
         return "LoRA on the head"
+    if "forward" in vars(head) or any(not is_ours(hook) for hook in hooks_of(head)):
+        return "a head whose output somebody's hook may change"
     if is_sharded(weight_of(head)):
         return "a head whose weight is sharded"
     if other := sorted(set(gpt_kwargs) - {"loss_reduction"}):
@@ -47,6 +52,15 @@ def call_obstacle(gpt: nn.Module, anatomy: Anatomy, gpt_kwargs: Mapping[str, Any
     if gpt_kwargs.get("loss_reduction", "mean") not in REDUCTIONS:
         return f"loss_reduction = {gpt_kwargs['loss_reduction']!r}"
     return ""
+
+
+def hooks_of(head: nn.Module) -> list[Any]:
+    return [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+
+
+def is_ours(hook: Any) -> bool:
+    """The prepender's own hook, and the one that watches a cast weight: neither changes what the head computes."""
+    return isinstance(getattr(hook, "__self__", None), HostHooks | CastWeights)
 
 
 def weight_of(head: nn.Module) -> Tensor:
@@ -57,12 +71,15 @@ def weight_of(head: nn.Module) -> Tensor:
 def head_loss(hidden: Tensor, targets: Tensor, gpt: nn.Module, anatomy: Anatomy, reduction: Any = "mean") -> Tensor:
     """The loss that the host makes of hidden states (B, T, n_embd) and targets (B, T): a scalar, or (B · T,) for "none"."""
     weight = weight_of(head_of(gpt, anatomy))[: anatomy.vocab_size]
+    if hidden.is_cuda:
+        dtype = matmul_dtype(hidden)  # in which the host's head would multiply, under autocast too
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     loss = linear_cross_entropy(hidden, weight, targets, softcap=anatomy.softcap, reduction=reduction)
     return loss.flatten() if reduction == "none" else loss
 
 
 def worth_fusing(targets: Tensor, gpt: nn.Module, anatomy: Anatomy) -> bool:
-    """Whether "auto" fuses: where the host returns the loss alone, and there are enough logits."""
+    """Whether "auto" fuses: where the host returns the loss alone, and `saves_logits` says so."""
     return anatomy.output == "tensor" and saves_logits(targets, weight_of(head_of(gpt, anatomy))[: anatomy.vocab_size])
 
 

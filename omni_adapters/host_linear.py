@@ -26,6 +26,8 @@ def linear_form(layer: nn.Linear) -> LinearForm:
     """
     if "weight" not in layer._parameters or type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
         return "own"
+    if "forward" in vars(layer):
+        return "own"
     if type(layer).forward is nn.Linear.forward:
         return "plain"
     if layer.weight.is_meta:

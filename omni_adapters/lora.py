@@ -13,7 +13,7 @@ Notable:
   doing so, and `base.weight` is the same Parameter under the same key
 - A and B are fp32 masters, cast to the activation's dtype, whatever dtype the host has or is cast to later
 - what is saved is always W, A and B apart, merged or not; `remove_lora(gpt, merged=True)` leaves W + s · B A behind
-- a training step of many rows runs x (W + s · B A)ᵀ as one matmul (`lora_matmul`); few rows, dropout, and a base with arithmetic
+- a forward of many rows runs x (W + s · B A)ᵀ as one matmul (`lora_matmul`); few rows, dropout, and a base with arithmetic
   of its own take the two paths of the picture
 (Hu et al., LoRA, arXiv:2106.09685; s = alpha / rank, or alpha / √rank: rsLoRA, arXiv:2312.03732)
 """
@@ -112,9 +112,9 @@ class LoRALinear(nn.Linear):
         return y + self.scaling * F.linear(low, self.lora_b.to(x.dtype))
 
     def runs_merged(self, x: Tensor) -> bool:
-        """Whether this forward makes W + s · B A: in training, where the base has no arithmetic of its own, nothing is dropped,
-        W gets no gradient, and there are rows enough to pay for it."""
-        if self.form == "two_path" or self.merged or not self.enabled or not torch.is_grad_enabled():
+        """Whether this forward makes W + s · B A: where the base has no arithmetic of its own, nothing is dropped, W gets no
+        gradient, and there are rows enough to pay for it; with gradients or without, so that what is validated is what trains."""
+        if self.form == "two_path" or self.merged or not self.enabled:
             return False
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             return False
@@ -192,6 +192,9 @@ def check_base(base: nn.Linear) -> None:
     if "weight" not in base._parameters:
         raise BadInput("LoRALinear", f"a {type(base).__name__} whose weight is computed", "a weight that is a parameter",
                        "remove parametrizations such as weight_norm first")
+    if base.state_dict()["weight"].dtype != base.weight.dtype:
+        raise BadInput("LoRALinear", f"a weight cast to {base.weight.dtype}, and saved as it came", "the weight as it came",
+                       "put LoRA in first and call cast_frozen afterwards, or call its restore() now")
     if "forward" in vars(base):
         raise BadInput("LoRALinear", f"a {type(base).__name__} with a forward of its own instance", "its class's forward",
                        "inject LoRA before anything wraps the layer")

@@ -97,10 +97,12 @@ def implementation(impl: str, rows: int, weight: Tensor) -> Callable[[Tensor, Te
 
 
 def saves_logits(targets: Tensor, weight: Tensor, ignore_index: int = -1) -> bool:
-    """Whether `impl="auto"` takes a form without (N, V) tensors. Rows are counted where that is free: not on CUDA, nor under
-    torch.compile."""
-    countable = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    rows = int((targets != ignore_index).sum()) if countable else targets.numel()
+    """Whether `impl="auto"` is the better of itself and logits written out. On CUDA: where the kernels can run, but not under
+    torch.compile, whose CUDA graphs they would cut in two. Elsewhere by rows, which torch.compile cannot count."""
+    compiling = torch.compiler.is_compiling()
+    if targets.is_cuda:
+        return not compiling and beside_triton(weight, weight)
+    rows = targets.numel() if compiling else int((targets != ignore_index).sum())
     return implementation("auto", rows, weight) is not plain
 
 
@@ -186,7 +188,8 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | No
 
 
 # An operator of its own: torch.compile takes it into its graph as it is, with loops and row counts that depend on values.
-@torch.library.custom_op("omni_adapters::linear_cross_entropy", mutates_args=())
+# How many rows count is read on the host, which a CUDA graph cannot do: the tag keeps the operator out of one.
+@torch.library.custom_op("omni_adapters::linear_cross_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | None, softcap: float | None,
                        ignore_index: int, by_row: bool, hidden_wanted: bool, weight_wanted: bool, form: str = "chunked",
                        mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,9 +283,10 @@ def fast_tanh_(x: Tensor) -> Tensor:
 
 
 def beside_triton(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels can run: fp64 and GPUs before sm_80, which have no bf16 tensor cores, are left to torch."""
-    return (hidden.is_cuda and weight.is_cuda and accumulation_dtype(hidden, weight) == torch.float32
-            and find_spec("triton") is not None and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
+    """Whether the kernels can run: fp64, ROCm, for which none was ever compiled, and GPUs before sm_80, which have no bf16 tensor
+    cores, are left to torch."""
+    return (hidden.is_cuda and weight.is_cuda and torch.version.hip is None
+            and accumulation_dtype(hidden, weight) == torch.float32 and find_spec("triton") is not None and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
 
 
 def device_form(impl: str, hidden: Tensor, weight: Tensor, softcap: float | None) -> str:

@@ -87,7 +87,7 @@ class OmniGPT(nn.Module):
             Sense("audio", *audio).check(prepender.anatomy.n_embd)
             if image is not None:
                 Sense("image", *image).check(prepender.anatomy.n_embd)
-        except BadInput:
+        except BaseException:
             prepender.remove()
             raise
         self.encoder, self.projector = audio

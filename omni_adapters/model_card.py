@@ -150,8 +150,9 @@ def _facts(description: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -
 
     encoder, host, projector = (description.get(key) or {} for key in ("encoder", "host", "projector"))
     yield from _parts(sizes)
-    source = _public_name(encoder.get("source"))
-    yield "encoder", ", ".join(filter(None, [_literal(str(encoder.get("type"))), source and f"`{source}`", _digest(encoder)]))
+    source, context = _public_name(encoder.get("source")), encoder.get("context")
+    named = [_literal(str(encoder.get("type"))), source and f"`{source}`", context and _literal(f"context {context}")]
+    yield "encoder", ", ".join(filter(None, [*named, _digest(encoder)]))
     if encoder.get("frame_rate") and projector.get("stack"):
         rate, stack = encoder["frame_rate"], projector["stack"]
         yield "sound", f"{encoder['sampling_rate']} Hz; {rate:g} frames a second, {stack} to a soft token"

@@ -91,6 +91,7 @@ class SoftTokenPrepender(nn.Module):
             for name in (*self.anatomy.side_tables, *self.anatomy.derived_tables):
                 weight = table(unwrap(gpt), name).weight
                 self.side_rows[row_key(name)] = nn.Parameter(torch.zeros(weight.size(1), device=weight.device))
+        self.head_obstacle: str | None = None  # unknown until somebody wants a fused loss: a head of its own class is run
         self.loss = loss
         self.hooks = HostHooks(gpt, self.anatomy, value_embeds, self.side_rows)
 
@@ -103,10 +104,11 @@ class SoftTokenPrepender(nn.Module):
     def loss(self, form: LossForm) -> None:
         if form not in FORMS:
             raise BadInput("SoftTokenPrepender", f"loss = {form!r}", "'host', 'fused' or 'auto'")
-        obstacle = "" if form == "host" else head_obstacle(self.gpt, self.anatomy)
-        if form == "fused" and obstacle:
-            raise unfusable("SoftTokenPrepender", obstacle)
-        self._loss, self.head_obstacle = form, obstacle
+        if form != "host" and self.head_obstacle is None:
+            self.head_obstacle = head_obstacle(self.gpt, self.anatomy)
+        if form == "fused" and self.head_obstacle:
+            raise unfusable("SoftTokenPrepender", self.head_obstacle)
+        self._loss = form
 
     def remove(self) -> nn.Module:
         """Take every hook away; returns the GPT exactly as it came. The prepender is of no use afterwards."""
@@ -215,7 +217,7 @@ class SoftTokenPrepender(nn.Module):
         tail = None if kv_cache is None else self.hooks.tails.get(kv_cache)
         if tail is not None:
             splice.edge[:, 0] |= tail
-        if torch.compiler.is_compiling() and self.pad_to is not None:
+        if torch.compiler.is_compiling() and (self.pad_to is not None or T_fused < shapes_bound(idx, columns)):
             splice = spoil_overflow(splice, columns, T_fused)  # a compiled graph cannot raise: NaN, never a cropped row
         return splice, fused_idx
 
@@ -260,7 +262,10 @@ class SoftTokenPrepender(nn.Module):
         if isinstance(soft_tokens, Mapping):
             raise BadInput(where, "placeholder mode under torch.compile without pad_to", "a fused length it can see",
                            "set prepender.pad_to to the longest fused row of your batches")
-        return idx.size(1) + columns.flat.size(0) // idx.size(0)
+        limit, bound = self.anatomy.position_limit, shapes_bound(idx, columns)
+        if limit is None or isinstance(soft_tokens, Tensor):  # whose rows are all that long
+            return bound
+        return max(idx.size(1), min(bound, limit))  # the longest sound need not stand beside the longest text
 
     def run(self, splice: Splice | None, fused_idx: Tensor, targets: Tensor | None, gpt_kwargs: dict[str, Any]) -> Any:
         if targets is None:
@@ -353,6 +358,11 @@ class SoftTokenPrepender(nn.Module):
 
     def device(self) -> torch.device:
         return table(unwrap(self.gpt), self.anatomy.wte).weight.device
+
+
+def shapes_bound(idx: Tensor, columns: Columns) -> int:
+    """Slots of a prefix row whose text and sound are both the batch's longest."""
+    return idx.size(1) + columns.flat.size(0) // idx.size(0)
 
 
 def unfusable(where: str, obstacle: str) -> BadInput:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
-from omni_adapters.features import Features, features_to
+from omni_adapters.features import Features, check_form, features_to
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
 
@@ -46,6 +46,8 @@ class Sense(NamedTuple):
         protocol, words = PROTOCOLS[self.name]
         if not isinstance(self.encoder, protocol):
             raise BadInput("OmniGPT", f"an encoder of type {type(self.encoder).__name__}", words)
+        if not all(hasattr(self.projector, name) for name in ("in_dim", "out_dim", "fc1")):
+            raise BadInput("OmniGPT", f"a projector of type {type(self.projector).__name__}", "a Projector")
         if self.projector.in_dim != self.encoder.d_model:
             raise BadInput("OmniGPT", f"a projector for features {self.projector.in_dim} wide",
                            f"{self.encoder.d_model}, encoder.d_model")
@@ -72,7 +74,12 @@ class Sense(NamedTuple):
             features = self.encode(signal.clips, at_placeholders=num_rows is None)
         elif signal.inputs is not None:
             features = self.encoder(signal.inputs)
-        return None if features is None or not features.values.numel() else features
+        if features is None or features.values.numel():
+            return features
+        check_form("OmniGPT", features, self.encoder.d_model)
+        if num_rows is not None and features.lens.size(0) != num_rows:
+            raise BadInput("OmniGPT", f"{features.lens.size(0)} rows of features for {num_rows} rows of idx", "one per row")
+        return None
 
     def encode(self, clips: Sequence[Any], at_placeholders: bool) -> Features | None:
         """Clips → features (B, T, d_model); rows of None get length 0. None where every row is None."""

@@ -160,6 +160,20 @@ def test_a_row_beyond_pad_to_is_nan_and_its_neighbours_are_not(placed: bool) -> 
     assert two.isnan().all()
 
 
+def test_rows_that_fit_are_right_where_text_and_sound_of_the_longest_rows_would_not() -> None:
+    """Shapes alone bound a row by 36 + 16 slots, of which the GPT has 48; row 0 takes 36 + 4 and row 1 too many."""
+    gpt = nano_gpt()
+    prepender = SoftTokenPrepender(gpt)
+    assert prepender.anatomy.position_limit == 48
+    idx = text(T=36)[0]
+    soft = Features(torch.randn(2, 16, prepender.anatomy.n_embd), torch.tensor([4, 16]))
+    with torch.no_grad():
+        expected = prepender.hidden_states(idx[:1], Features(soft.values[:1], soft.lens[:1]))
+        one, two = torch.compile(prepender.hidden_states, backend="eager", fullgraph=True, dynamic=False)(idx, soft)
+    close(one, expected[0], LOGITS)
+    assert two.isnan().all()
+
+
 @pytest.mark.parametrize("kind", ["ragged", "placeholders"])
 def test_hidden_states(kind: str) -> None:
     prepender = prepender_of(reference(), kind)
@@ -299,7 +313,7 @@ def call_all(prepender: SoftTokenPrepender, width: int) -> list[Tensor]:
     return came
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "already run"])
+@pytest.mark.parametrize("warm", [pytest.param(False, id="fresh"), pytest.param(True, id="already run", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("build", [reference, bigram_gpt, nano_gpt], ids=["reference", "bigram", "nano_gpt"])
 @pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
 def test_a_compiled_host_hears(build: Callable[[], nn.Module], how: str, warm: bool) -> None:

@@ -245,8 +245,10 @@ def test_compiled_both_stages_go_as_they_do_uncompiled(corpus: Corpus, aligned: 
 
 
 def test_compiled_shards_are_refused(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="compiled with engine 'fsdp2'"):
-        here("align", corpus.options(tmp_path / "run", "--compile", "--engine", "fsdp2"))
+    for options in (["--compile"], ["--loss", "fused"]):
+        with pytest.raises(SystemExit, match=f"{' '.join(options)} with --engine fsdp2"):
+            here("align", corpus.options(tmp_path / "run", *options, "--engine", "fsdp2"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_your_own_loader(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

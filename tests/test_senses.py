@@ -215,6 +215,25 @@ def test_what_is_refused(build: Any, message: str) -> None:
         build()
 
 
+@pytest.mark.parametrize(("audio", "error"), [
+    (LogMelEncoder(), TypeError), ((LogMelEncoder(), torch.nn.Linear(80, 32)), BadInput), ((LogMelEncoder(), None), BadInput)])
+def test_whatever_is_wrong_the_gpt_is_as_it_came(audio: Any, error: type[Exception]) -> None:
+    gpt = reference()
+    torch.manual_seed(0)
+    before = fingerprint(gpt)
+    with pytest.raises(error):
+        OmniGPT(gpt, audio)
+    torch.manual_seed(0)
+    assert fingerprint(gpt) == before
+    OmniGPT(gpt, (LogMelEncoder(), Projector(80, 32)))
+
+
+@pytest.mark.parametrize("values", [torch.zeros(0, 5, 80), torch.zeros(2, 0, 7), torch.zeros(2, 5, 80)[:, :0, :3]])
+def test_features_without_a_frame_still_have_a_form(values: Tensor) -> None:
+    with pytest.raises(BadInput, match=r"0 rows of features for 2 rows of idx|expected width 80"):
+        ears(reference())(IDX, None, audio_features=Features(values, torch.zeros(len(values), dtype=torch.int64)))
+
+
 def test_an_encoder_of_images_is_an_encoder_but_does_not_hear() -> None:
     assert isinstance(Eyes(), Encoder) and not isinstance(Eyes(), AudioEncoder) and isinstance(LogMelEncoder(), Encoder)
 

@@ -99,6 +99,11 @@ def check_ranges(args: argparse.Namespace) -> None:
             "warmup": 0 <= args.warmup < 1, "clip": args.clip > 0,
             "lr": args.lr > 0, "projector_lr": getattr(args, "projector_lr", 0) >= 0,
             "distill": 0 <= getattr(args, "distill", 0) <= 1}
+    if args.engine == "fsdp2" and (args.compile or args.loss == "fused"):
+        raise BadInput("options", f"{'--compile' if args.compile else '--loss fused'} with --engine fsdp2",
+                       "weights that are whole in each process", "use --engine ddp, or leave it out")
+    if args.loss == "fused" and getattr(args, "distill", 0):
+        raise BadInput("options", "--loss fused with --distill", "--loss auto or host", "distillation reads logits")
     wrong = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name, fit in fits.items() if not fit]
     if wrong:
         raise BadInput("options", ", ".join(wrong), "counts ≥ 1 (rows of a validation ≥ 2), a warm-up in [0, 1), "

@@ -43,7 +43,7 @@ from omni_adapters.shapes import BadInput, listing
 Engine = Literal["ddp", "fsdp2"]
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun sets
 POLL = 0.02  # seconds between two looks into the store
-MOST_SHAPES = 64  # graphs of one module; torch's own limit of 8 is for programs whose shapes nobody has bounded
+MOST_SHAPES = 1024  # graphs of one module: more than buckets make; torch's 8 is for programs whose shapes nobody has bounded
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -183,8 +183,7 @@ def wrap(omni: OmniGPT, ranks: Ranks, engine: Engine, *, compiled: bool = False)
     whatever calls the GPT does (validation, `generate` to the same number of tokens), and so do `save_adapter` and
     `description`.
 
-    compiled: calls of `omni` run as one graph for each shape (`data/buckets`), captured as CUDA graphs on CUDA; not with
-    "fsdp2", whose own hooks break graphs.
+    compiled: calls of `omni` run as one graph for each shape (`data/buckets`); not with "fsdp2", whose own hooks break graphs.
 
     Raises BadInput for an unknown engine, a GPT without blocks to shard, one that is sharded already.
     """
@@ -200,9 +199,9 @@ def wrap(omni: OmniGPT, ranks: Ranks, engine: Engine, *, compiled: bool = False)
         return omni
     omni.to(ranks.device)
     if compiled:
-        mode = {"mode": "reduce-overhead"} if ranks.device.type == "cuda" else {}
-        torch._dynamo.config.recompile_limit = max(MOST_SHAPES, torch._dynamo.config.recompile_limit)
-        omni.compile(fullgraph=True, dynamic=False, **mode)
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
+        torch._dynamo.config.optimize_ddp = False  # it would cut the graph at every 25 MB of gradients, of which there are few
+        omni.compile(fullgraph=True, dynamic=False)
     if ranks.num_ranks == 1:
         return omni
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since torch 2.13

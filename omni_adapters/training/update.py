@@ -86,7 +86,8 @@ def given_sound(omni: OmniGPT, source: ClipSource, sound: Features, idx: Tensor,
     encoded beforehand, since encoders' inputs have shapes of their own."""
     if not bucketed:
         return idx, targets, {source.kind: sound}
-    features, idx, targets = to_bucket(hear(omni, source, sound), idx, targets)
+    features, idx, targets = to_bucket(hear(omni, source, sound), idx, targets, stack=omni.projector.stack,
+                                       room=omni.prepender.anatomy.position_limit)
     return idx, targets, {"audio_features": features}
 
 
