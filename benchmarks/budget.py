@@ -5,7 +5,7 @@
 
 Nothing here is a timing. The formulas are omni_adapters/cost.py's. Its activation formula counts what autograd saves in
 nanochat's forward; `saved_bytes` counts the same on the reference GPT with saved-tensor hooks, and tests hold the two
-together. FLOPs are held against torch's FlopCounterMode.
+together. FLOPs are held against torch's FlopCounterMode. LoRA runs in its two-path form, which is counted.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from omni_adapters.cost import (
 )
 from omni_adapters.cost import attended as attended
 from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.lora import Form, lora_by_path
 from omni_adapters.reference_gpt import GPT, GPTConfig
 
 DEPTHS = (12, 20, 26)
@@ -111,8 +112,10 @@ class Small(NamedTuple):
         return adapter(self.sizes(), rank=rank, d_model=self.d_model, stack=batch.stack, hidden=self.hidden)
 
 
-def small_step(small: Small, batch: Batch, rank: int, dtype: torch.dtype = torch.float32) -> tuple[OmniGPT, Callable[[], Tensor]]:
+def small_step(small: Small, batch: Batch, rank: int, dtype: torch.dtype = torch.float32,
+               form: Form = "two_path") -> tuple[OmniGPT, Callable[[], Tensor]]:
     """The reference GPT with a projector, and LoRA where rank > 0; and a function that runs its forward to the loss.
+    LoRA computes as `form` says.
 
     Features come as float16, as shards store them. With bfloat16, tables and activations are bf16 and matrices stay fp32
     masters, as nanochat has them on CUDA.
@@ -125,6 +128,8 @@ def small_step(small: Small, batch: Batch, rank: int, dtype: torch.dtype = torch
     omni = OmniGPT(gpt, (LogMelEncoder(), Projector(small.d_model, shape.n_embd, small.hidden, stack=batch.stack)))
     if rank:
         omni.add_lora(rank)
+        for layer in lora_by_path(omni.gpt).values():
+            layer.form = form
     features = Features(torch.randn(batch.rows, batch.soft * batch.stack, small.d_model, dtype=torch.float16),
                         torch.full((batch.rows,), batch.soft * batch.stack))
     idx = torch.randint(0, small.vocab_size, (batch.rows, batch.text))
@@ -132,9 +137,9 @@ def small_step(small: Small, batch: Batch, rank: int, dtype: torch.dtype = torch
     return omni, lambda: omni(idx, idx.roll(-1, dims=1), audio_features=features)
 
 
-def saved_bytes(small: Small, batch: Batch, rank: int, dtype: torch.dtype = torch.float32) -> int:
+def saved_bytes(small: Small, batch: Batch, rank: int, dtype: torch.dtype = torch.float32, form: Form = "two_path") -> int:
     """Bytes of all storages that the step's graph keeps when forward is over, parameters and buffers left out."""
-    omni, forward = small_step(small, batch, rank, dtype)
+    omni, forward = small_step(small, batch, rank, dtype, form)
     own = {t.untyped_storage().data_ptr() for t in [*omni.parameters(), *omni.buffers()]}
     with saving() as alive:
         loss = forward()

@@ -71,7 +71,7 @@ def add_cost(options: argparse.ArgumentParser) -> None:
     options.add_argument("--price", type=float, default=3.0, help="USD for a GPU and hour: an assumption (default %(default).2f)")
     options.add_argument("--rank", type=int, default=16, help="of LoRA (default %(default)s)")
     options.add_argument("--stack", type=int, default=8, help="features that make a soft token (default %(default)s)")
-    options.add_argument("--frame-rate", type=float, default=50.0, help="features a second (default %(default)g, Whisper's)")
+    options.add_argument("--frame-rate", type=float, help="features a second (default: the encoder's)")
     options.add_argument("--vocab", type=int, default=32768, help="rows of the vocabulary (default %(default)s)")
     options.add_argument("--encoder", default="whisper-base", help=f"one of {', '.join(ENCODERS)} (default %(default)s)")
     options.add_argument("--online", action="store_true", help="the encoder runs in each step; without, shards")

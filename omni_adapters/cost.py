@@ -6,6 +6,8 @@ Notable:
 - plain arithmetic, without torch: a laptop prices 1,000 GPUs in milliseconds
 - sizes follow from the depth as in nanochat's scripts/base_train.py; FLOPs of matmuls are torch's own count to the last one,
   launches are those of the reference GPT's eager step to the last one, activations what autograd saves: tests hold each so
+- LoRA is counted in its two-path form, W x + s · B A x, an upper bound: from the rows on where `omni_adapters.lora` merges, W +
+  s · B A, that keeps less of each slot and no cast of W, and has no more FLOPs. One W + s · B A at a time is not counted
 - assumptions carry names and stand together: `Utilisation`, a machine's launch time and network, the price of an hour
 - everything it returns is computed; benchmarks/cost.py holds it against measured steps
 
@@ -26,6 +28,7 @@ Stage = Literal["1", "2", "full"]
 
 VALUE_GATE, SMEAR_GATE = 12, 24  # channels that nanochat's gates read
 VOCAB_MULTIPLE = 64              # nanochat pads its vocabulary to a multiple of this many rows
+MOST_LAYERS, MOST = 1000, 10**6   # of a GPT, and of anything else that `cost` counts
 ROOM = 0.9                       # of a GPU's memory; the rest is for CUDA, NCCL and gaps
 
 
@@ -305,19 +308,20 @@ class Part(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """A Whisper's encoder: width, layers, mel bands. Without layers: a log-mel, which has no weights."""
+    """A Whisper's encoder: width, layers, mel bands, features a second. Without layers: a log-mel, which has no weights."""
 
     d_model: int
     n_layer: int
     n_mels: int = 80
+    frame_rate: float = 50.0
 
     @property
     def total(self) -> int:
-        return whisper_encoder(*self) if self.n_layer else 0
+        return whisper_encoder(self.d_model, self.n_layer, self.n_mels) if self.n_layer else 0
 
 
 # Whispers by their config.json
-ENCODERS = {"log_mel": Encoder(80, 0), "whisper-tiny": Encoder(384, 4), "whisper-base": Encoder(512, 6),
+ENCODERS = {"log_mel": Encoder(80, 0, frame_rate=100.0), "whisper-tiny": Encoder(384, 4), "whisper-base": Encoder(512, 6),
             "whisper-small": Encoder(768, 12), "whisper-medium": Encoder(1024, 24), "whisper-large-v3": Encoder(1280, 32, 128)}
 
 
@@ -515,13 +519,13 @@ def predict(machine: Machine, gpt: Sizes, own: Adapter, batch: Batch, *, num_gpu
 
 def cost(*, gpu: str = "h200", depth: int = 12, soft: int = 188, text: int = 256, batch: int = 16, stage: Stage = "1",
          gpus: Sequence[int] = (1, 8, 64, 1000), engine: Engine = "ddp", price: float = 3.0, rank: int = 16, stack: int = 8,
-         frame_rate: float = 50.0, vocab_size: int = 32768, encoder: str = "whisper-base", online: bool = False,
+         frame_rate: float | None = None, vocab_size: int = 32768, encoder: str = "whisper-base", online: bool = False,
          overlap: bool = False) -> list[Prediction]:
     """What a step costs on each number of GPUs.
 
     soft, text: tokens of a row; batch: rows on each GPU; stage: "1" trains the projector, "2" LoRA of `rank` beside it, "full"
-    everything; stack features of `frame_rate` Hz make a soft token; `online` runs the encoder in each step, otherwise its
-    features come from shards; price: USD for a GPU and hour. Raises BadInput.
+    everything; stack features of `frame_rate` Hz, None for the encoder's own, make a soft token; `online` runs the encoder in
+    each step, otherwise its features come from shards; price: USD for a GPU and hour. Raises BadInput.
     """
     if not gpus:
         raise BadInput("options", "no number of GPUs", "at least one", "leave --gpus out for 1, 8, 64 and 1,000")
@@ -531,18 +535,21 @@ def cost(*, gpu: str = "h200", depth: int = 12, soft: int = 188, text: int = 256
     check_known("--engine", engine, ("ddp", "fsdp2"))
     for name, value in (("--depth", depth), ("--soft", soft), ("--text", text), ("--batch", batch), ("--rank", rank),
                         ("--stack", stack), ("--vocab", vocab_size), *(("--gpus", number) for number in gpus)):
-        if value < 1:
-            raise BadInput("options", f"{name} {value}", "an integer of at least 1")
-    if not 0 < frame_rate < math.inf:
-        raise BadInput("options", f"--frame-rate {frame_rate}", "features a second, above 0")
-    if not 0 <= price < math.inf:
-        raise BadInput("options", f"--price {price}", "USD for a GPU and hour, 0 or more")
-    size, ear, rows = sizes(depth, vocab_size=vocab_size), ENCODERS[encoder], Batch(batch, soft, text, stack)
+        most = MOST_LAYERS if name == "--depth" else MOST
+        if not 1 <= value <= most:
+            raise BadInput("options", f"{name} {value}", f"an integer, 1 to {most:,}")
+    ear = ENCODERS[encoder]
+    rate = ear.frame_rate if frame_rate is None else frame_rate
+    if not 0 < rate <= MOST:
+        raise BadInput("options", f"--frame-rate {rate}", f"features a second, above 0, at most {MOST:,}")
+    if not 0 <= price <= MOST:
+        raise BadInput("options", f"--price {price}", f"USD for a GPU and hour, 0 to {MOST:,}")
+    size, rows = sizes(depth, vocab_size=vocab_size), Batch(batch, soft, text, stack)
     if stage == "2" and rank > size.n_embd:
         raise BadInput("options", f"--rank {rank}", f"at most {size.n_embd}, the width of a GPT of depth {depth}")
     own = adapter(size, rank=rank if stage == "2" else 0, d_model=ear.d_model, stack=stack)
     return [predict(MACHINES[gpu], size, own, rows, num_gpus=number, stage=stage, engine=engine, d_model=ear.d_model,
-                    encoder=ear if online else None, encoder_bytes=4.0 * ear.total, frame_rate=frame_rate, price=price,
+                    encoder=ear if online else None, encoder_bytes=4.0 * ear.total, frame_rate=rate, price=price,
                     overlap=overlap) for number in gpus]
 
 

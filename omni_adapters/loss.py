@@ -286,7 +286,8 @@ def beside_triton(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the kernels can run: fp64, ROCm, for which none was ever compiled, and GPUs before sm_80, which have no bf16 tensor
     cores, are left to torch."""
     return (hidden.is_cuda and weight.is_cuda and torch.version.hip is None
-            and accumulation_dtype(hidden, weight) == torch.float32 and find_spec("triton") is not None and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
+            and accumulation_dtype(hidden, weight) == torch.float32 and find_spec("triton") is not None
+            and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
 
 
 def device_form(impl: str, hidden: Tensor, weight: Tensor, softcap: float | None) -> str:

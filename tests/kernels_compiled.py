@@ -60,7 +60,7 @@ def test_the_gemms(capability: int, tmp_path: Path) -> None:
     cut = kernels.plan(N, C, V, 2, SMS[capability], config)
     for kernel, tiles, constants in (
             (kernels.exponentials, config.exponentials, {"V": V, "GRADIENT": True}),
-            (kernels.products, config.products, {"SPAN": cut.columns // cut.splits, "EVEN": True, "FIRST": False})):
+            (kernels.products, config.products, {"EVEN": True, "FIRST": False})):
         if kernel is kernels.products:
             assert cut.columns % (cut.splits * tiles.depth) == 0  # otherwise EVEN is another kernel
         ptx = check(kernel, capability, tiles.options(), tmp_path, C=C, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns,
@@ -70,7 +70,7 @@ def test_the_gemms(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_what_goes_by_row(capability: int, tmp_path: Path) -> None:
-    check(kernels.finish, capability, {"num_warps": 4}, tmp_path, C=C, SPLITS=2, TILES=256, BLOCK=1024, GRADIENT=True)
+    check(kernels.finish, capability, {"num_warps": 4}, tmp_path, C=C, TILES=256, BLOCK=1024, GRADIENT=True)
     for columns, block, warps in ((V, kernels.ONE_READ, 16), (2 * V, kernels.AT_ONCE, 8)):
         check(kernels.rows_differentiated, capability, {"num_warps": warps}, tmp_path, V=columns, CAPPED=True, GRADIENT=True,
               BLOCK=block, ONE=block >= columns)

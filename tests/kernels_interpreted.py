@@ -8,6 +8,8 @@ times the largest |weight|. Where G or logits are fp16, their own rounding, 2⁻
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +18,29 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.runtime import interpreter
 
 from omni_adapters.kernels import linear_cross_entropy as kernels
-from omni_adapters.loss import linear_cross_entropy
+from omni_adapters.loss import beside_triton, linear_cross_entropy
 from omni_adapters.shapes import BadInput
 
 ULP, HALF = 2.0**-24, 2.0**-11
 SIZES = [(70, 48, 330), (1, 1, 1), (3, 5, 7), (33, 32, 64), (64, 64, 256)]
 TILES = kernels.config_of(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loops_of_any_length() -> Iterator[None]:
+    """The interpreter holds a scalar argument as an array of shape (1,), which since NumPy 2.4 is no bound of a `range`."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+        yield
 
 
 def problem(N: int, C: int, V: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +134,8 @@ def test_a_plan_keeps_to_its_bytes(n: int, C: int, V: int, sms: int, name: str) 
     config = kernels.CANDIDATES[name]
     rows, columns, splits = kernels.plan(n, C, V, 2, sms, config)
     tile = config.exponentials.columns
-    assert 1 <= rows <= n and columns % tile == 0 and 0 < columns < V + tile and 1 <= splits <= kernels.MOST_SPLITS
+    assert 1 <= rows < n + kernels.ALIGNED and rows % kernels.ALIGNED == 0
+    assert columns % tile == 0 and 0 < columns < V + tile and 1 <= splits <= kernels.MOST_SPLITS
     held = 4 * rows * (splits * C + -(-V // tile)) + 2 * rows * columns
     at_least = 4 * 128 * (C + -(-V // tile)) + 2 * 128 * tile  # of the fewest rows that a plan goes down to
     assert held <= max(kernels.BYTES, at_least)
@@ -126,7 +144,7 @@ def test_a_plan_keeps_to_its_bytes(n: int, C: int, V: int, sms: int, name: str) 
 def test_the_plan_on_an_h200() -> None:
     """4096 rows in three blocks of 11 · 128, 60 · 11 = 5 · 132 tiles at a time; 66 tiles of the product, two splits."""
     config = kernels.CONFIGS[9, 0]
-    assert kernels.plan(4096, 768, 32768, 2, 132, config) == (1366, 7680, 2)
+    assert kernels.plan(4096, 768, 32768, 2, 132, config) == (1368, 7680, 2)
     assert kernels.plan(32, 768, 32768, 2, 132, config) == (32, 32768, 22)
 
 
@@ -168,6 +186,39 @@ def test_a_row_read_twice_is_the_row_read_once(softcap: float | None) -> None:
         came.append((buffer[1:-1], rest, below))
     for one, other in zip(*came):
         torch.testing.assert_close(one, other, rtol=2**-20, atol=2**-20)
+
+
+@pytest.mark.parametrize("share", [1 / 4096, 1 / 32768, 1e-30])
+def test_a_small_upstream_loses_no_digits_in_fp16(share: float) -> None:
+    """Probabilities near 1 / 4096, times the share, are subnormal in fp16 or 0: what comes back is the gradient of the upstream
+    brought to size 1 times the share, to roundings of fp32, and as near the right one as without the share."""
+    hidden, weight, targets = problem(6, 8, 4096, torch.float16, scale=0.1)
+    rows, upstream = torch.arange(6), torch.linspace(0.5, 1, 6)
+    came = []
+    for scale in (1.0, share):
+        dx, dw = torch.full((6, 8), torch.nan), torch.zeros(4096, 8)
+        kernels.by_row(hidden, weight, targets, rows, scale * upstream, 15.0, 1.0, dx, dw)
+        came.append([dx.double() / scale, dw.double() / scale])
+    right = expected(hidden, weight, targets, 15.0, upstream)[1:]
+    for plain, small, gradient in zip(*came, right):
+        assert float((small - gradient).abs().max()) <= 2 * HALF * float(gradient.abs().max())
+        assert float((small - plain).abs().max()) <= HALF * float(gradient.abs().max())
+
+
+def test_an_upstream_of_zeros_or_infinity_stays_in_its_row() -> None:
+    hidden, weight, targets = problem(6, 8, 50)
+    for upstream, finite in ((torch.zeros(6), 6), (torch.tensor([1.0, torch.inf, 1, 1, torch.nan, 0]), 4)):
+        dx = torch.full((6, 8), torch.nan)
+        kernels.by_row(hidden, weight, targets, torch.arange(6), upstream, None, 1.0, dx, None)
+        assert int(dx.isfinite().all(1).sum()) == finite and bool((dx[upstream == 0] == 0).all())
+
+
+def test_rocm_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for hip, beside in ((None, True), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert beside_triton(there, there) is beside
 
 
 # ---- as linear_cross_entropy -----------------------------------------------------------------------------------------

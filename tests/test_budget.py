@@ -32,6 +32,7 @@ from benchmarks.budget import Batch, Small, adapter, flops, memory, sizes, traff
 from benchmarks.step import peak_bytes  # noqa: E402
 from omni_adapters import cli  # noqa: E402
 from omni_adapters.anatomy import unwrap  # noqa: E402
+from omni_adapters.lora import BREAK_EVEN  # noqa: E402
 from omni_adapters.reference_gpt import GPT, GPTConfig  # noqa: E402
 
 PAGE = (ROOT / "docs" / "scale.md").read_text()
@@ -126,6 +127,20 @@ def test_saved_bytes_are_the_formulas_at_any_size(depth: int, head_dim: int, hid
     check_saved(Small(depth, 32, head_dim, 128, hidden), Batch(rows, soft, text, stack), rank, dtype)
 
 
+MERGING = Small(depth=2), Batch(rows=4, soft=24, text=12, stack=4)  # C = 64, 144 slots: rows enough on every matrix
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_lora_keeps_less_than_the_formula(dtype: torch.dtype) -> None:
+    """r of each of six products in each slot, and, in bf16, casts of the matrices."""
+    small, batch = MERGING
+    gpt, own = small.sizes(), small.adapter(batch, 16)
+    assert batch.slots * 5 * gpt.n_embd >= BREAK_EVEN * 4 * gpt.n_embd**2
+    less = 6 * 16 * gpt.n_layer * batch.slots * dtype.itemsize + (2 * (gpt.matrices + own.lora) if dtype is torch.bfloat16 else 0)
+    missed = budget.saved_bytes(small, batch, 16, dtype, "auto") - (budget.computed_bytes(small, batch, 16, dtype) - less)
+    assert 0 <= missed <= budget.uncounted(small, batch, dtype)
+
+
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_peak_of_a_step_is_the_formulas(rank: int, dtype: torch.dtype) -> None:
@@ -178,6 +193,21 @@ def test_flops_of_matmuls_are_torchs_count(case: tuple[Small, Batch, int, torch.
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.bmm", "aten.addmm"))
     parts = flops(small.sizes(), small.adapter(batch, rank), batch)
     assert counted == sum(parts.values()) - parts["attention"]
+
+
+def test_merged_lora_has_no_more_flops_than_the_formula() -> None:
+    """4 for each LoRA parameter and slot instead of 6, and 4 r for each weight: as many at BREAK_EVEN = 2, fewer above."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small, batch = MERGING
+    gpt, own = small.sizes(), small.adapter(batch, 16)
+    _, forward = budget.small_step(small, batch, 16, form="auto")
+    with FlopCounterMode(display=False) as counter:
+        forward().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.bmm", "aten.addmm"))
+    parts = flops(gpt, own, batch)
+    assert counted == sum(parts.values()) - parts["attention"] - 2 * own.lora * batch.slots + 4 * 16 * gpt.matrices
+    assert 4 * 16 * gpt.matrices < 2 * own.lora * batch.slots and BREAK_EVEN == 2
 
 
 @given(T=st.integers(1, 40), window=st.integers(0, 50))

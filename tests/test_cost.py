@@ -32,7 +32,7 @@ from omni_adapters.shapes import BadInput  # noqa: E402
 BATCH = Batch(rows=2, soft=24, text=12, stack=4)
 STAGES: tuple[Stage, ...] = ("1", "2", "full")
 MATMULS = ("mm", "bmm", "addmm")
-NO_KERNEL = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach"}
+NO_KERNEL = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "promote_types"}
 
 
 def small_case(small: Small, stage: Stage) -> tuple[Any, Any, dict[str, Part]]:
@@ -87,6 +87,14 @@ def test_launches_are_those_of_the_eager_step(stage: Stage, depth: int) -> None:
     assert found.calls.total() == sum(part.launches for name, part in parts.items() if name != "optimizer")
     assert sum(found.calls[name] for name in MATMULS) == sum(
         parts[name].launches for name in ("blocks", "lm_head")) + 5 + (36 * depth if stage == "2" else 0)
+
+
+def test_merged_lora_has_as_many_launches() -> None:
+    small = Small(depth=1)
+    merged, forward = small_step(small, BATCH, 16, form="merged")
+    two_path, other = small_step(small, BATCH, 16)
+    one, two = kernels(merged, forward).calls, kernels(two_path, other).calls
+    assert one.total() == two.total() and one["addmm"] == 12 and not two["addmm"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -222,11 +230,33 @@ def test_stage_2_and_the_whole_gpt_keep_more() -> None:
     ({"stage": "3"}, "--stage 3"), ({"engine": "zero"}, "--engine zero"), ({"depth": 0}, "--depth 0"), ({"soft": 0}, "--soft 0"),
     ({"text": 0}, "--text 0"), ({"batch": -1}, "--batch -1"), ({"gpus": [8, 0]}, "--gpus 0"), ({"gpus": []}, "no number of GPUs"),
     ({"price": -1.0}, "--price -1"), ({"price": math.nan}, "--price nan"), ({"frame_rate": 0.0}, "--frame-rate 0"),
+    ({"depth": 10**9}, "--depth 1000000000; expected an integer, 1 to 1,000"), ({"soft": 10**7}, "--soft 10000000; expected"),
+    ({"gpus": [10**9]}, "--gpus 1000000000"), ({"vocab_size": 10**9}, "--vocab 1000000000"), ({"price": math.inf}, "--price inf"),
+    ({"frame_rate": 1e9}, "--frame-rate 1000000000"),
     ({"stack": 0}, "--stack 0"), ({"stage": "2", "rank": 0}, "--rank 0"), ({"stage": "2", "rank": 769}, "--rank 769"),
 ])
 def test_what_cannot_be_priced_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=re.escape(message)):
         cost(**options)
+
+
+def test_a_feature_lasts_as_long_as_its_encoder_says() -> None:
+    from omni_adapters.encoders.log_mel import LogMelEncoder
+
+    assert model.ENCODERS["log_mel"].frame_rate == LogMelEncoder.frame_rate == 100
+    for encoder, rate in (("log_mel", 100.0), ("whisper-base", 50.0)):
+        assert cost(encoder=encoder) == cost(encoder=encoder, frame_rate=rate) != cost(encoder=encoder, frame_rate=75.0)
+
+
+def test_the_largest_step_that_is_priced_is_finite() -> None:
+    found = cost(depth=1000, soft=10**6, text=10**6, batch=10**6, gpus=[10**6], stage="full", price=1e6)
+    json.dumps(model.as_json(found, "h200", 1e6), allow_nan=False)
+
+
+def test_measured_roofs_are_not_cut_by_a_data_sheets_shares() -> None:
+    assert (benchmark.CUDA_UTILISATION.matmul, benchmark.CUDA_UTILISATION.copy) == (1, 1)
+    assumed = model.Utilisation()
+    assert benchmark.CUDA_UTILISATION.attention == assumed.attention / assumed.matmul
 
 
 # ---- what is printed -----------------------------------------------------------------------------------------------------

@@ -198,6 +198,32 @@ def test_checkpoints_that_would_load_wrong_are_refused(checkpoint, tmp_path, dam
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def write(file, text):
+    return lambda directory: (directory / file).write_text(text)
+
+
+@pytest.mark.parametrize("damage, file", [
+    (write("config.json", "{"), "config.json"),
+    (write("config.json", "[]"), "config.json with a JSON list"),
+    (edit("config.json", encoder_attention_heads=7), "config.json"),
+    (edit("config.json", d_model="wide"), "config.json"),
+    (write("preprocessor_config.json", "{"), "preprocessor_config.json"),
+    (write("preprocessor_config.json", "[]"), "preprocessor_config.json with a JSON list"),
+    (edit("preprocessor_config.json", feature_size="many"), "preprocessor_config.json"),
+    (edit("preprocessor_config.json", hop_length=None), "preprocessor_config.json"),
+])
+def test_settings_that_do_not_load_name_their_file(checkpoint, tmp_path, damage, file):
+    with pytest.raises(BadInput) as caught:
+        WhisperEncoder(damaged(checkpoint, tmp_path, damage))
+    assert f"{tmp_path / file}" in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("length", [-1, 3001, 5000])
+def test_lens_beyond_the_mel_are_refused(encoder, length):
+    with pytest.raises(BadInput, match=rf"lens\[1\] = {length} .*0 ≤ lens ≤ 3000"):
+        encoder(Features(torch.zeros(2, 80, 3000), torch.tensor([3000, length])))
+
+
 def test_a_file_overwritten_after_loading_changes_nothing(checkpoint, encoder, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     copied = WhisperEncoder(tmp_path)

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,7 @@ from omni_adapters.shapes import BadInput, listing, shape
 
 DEFAULT_ID = "openai/whisper-base"
 REQUIRED_FILES = ("config.json", "preprocessor_config.json")
+AGAIN = "fetch the directory again, as a whole"
 EDGE_HOPS = 2  # of silence after a clip: frames reach 200 samples beyond the last one, as they do where 30 s are padded
 WAYS_OUT = (
     "Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors, "
@@ -151,12 +153,15 @@ class WhisperEncoder(nn.Module):
 
         Inputs move to the weights' device and dtype. Frames beyond lens are 0, or, for context="full", Whisper's view of the
         silent padding. What is cut or masked by `lens` reads them as integers: keep them on the CPU to spare CUDA a wait.
+        Lens beyond the tensor are BadInput; for context="full" only lens on the CPU are looked at.
         """
         mel, lens = inputs
         self.check_mel(mel, lens)
         weight = self.encoder.conv1.weight
         mel = mel.to(weight.device, weight.dtype)
         if self.context == "full" and mel.size(2) == self.chunk_frames:
+            if lens.device.type == "cpu" and not torch.compiler.is_compiling():
+                read_lens(mel, lens)
             values = self.encoder(mel).last_hidden_state
         else:
             values = self.encode(mel, plan(read_lens(mel, lens), self.chunk_frames))
@@ -220,17 +225,36 @@ def load_encoder(directory: Path, dtype: torch.dtype) -> Any:
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as Encoder
 
-    found = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    found = read_object(directory / "config.json").get("model_type")
     if found != "whisper":
         raise BadInput("WhisperEncoder", f"a checkpoint of type {found!r} in {directory}", "model_type 'whisper'")
-    config = WhisperConfig.from_pretrained(directory, local_files_only=True)
-    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced below
+    with refusing(directory / "config.json"), torch.device("meta"):  # no time and no random numbers for weights replaced below
+        config = WhisperConfig.from_pretrained(directory, local_files_only=True)
         encoder = Encoder(config)
     tensors = read_encoder_tensors(directory)
     check_names("WhisperEncoder", directory, encoder.state_dict(), tensors)
     # Copies: what safe_open returns is the mapped file itself, gone when somebody truncates it.
     encoder.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
     return encoder
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file."""
+    with refusing(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise BadInput("WhisperEncoder", f"{path} with a JSON {type(found).__name__}", "a JSON object", AGAIN)
+    return found
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Inside, whatever json and transformers make of a file they cannot use becomes BadInput that names it."""
+    try:
+        yield
+    except Exception as error:  # transformers raises ValueError, TypeError, KeyError, its validators their own
+        raise BadInput("WhisperEncoder", f"{path}, which does not load ({type(error).__name__}: {error!s:.200})",
+                       "a Whisper checkpoint's file", AGAIN) from error
 
 
 def read_encoder_tensors(directory: Path) -> dict[str, Tensor]:
@@ -257,15 +281,18 @@ def check_names(where: str, directory: Path, expected: dict[str, Tensor], found:
     wrong += [name for name in found if name not in expected]
     if wrong:
         raise BadInput(where, f"a checkpoint in {directory} that disagrees with its config on {listing(wrong)}",
-                       f"the {len(expected)} encoder tensors of that config", "fetch the directory again, as a whole")
+                       f"the {len(expected)} encoder tensors of that config", AGAIN)
 
 
 def load_extractor(directory: Path, config: Any) -> Any:
     """transformers' WhisperFeatureExtractor, refused unless it makes the mel shape this encoder takes."""
     from transformers import WhisperFeatureExtractor
 
-    extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
-    makes = extractor.feature_size, extractor.nb_max_frames
+    path = directory / "preprocessor_config.json"
+    read_object(path)
+    with refusing(path):
+        extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
+        makes = extractor.feature_size, extractor.nb_max_frames
     takes = config.num_mel_bins, config.max_source_positions * CONV_STRIDE
     if makes != takes:
         raise BadInput("WhisperEncoder", f"a preprocessor in {directory} for {makes[0]} mel bins × {makes[1]} frames",

@@ -33,6 +33,7 @@ BYTES = 31_000_000  # of all buffers of `bounded` together: with a row's few sca
 MOST_SPLITS = 32  # of one sum over columns of G; `finish` reads one partial sum for each
 ROW_BYTES = 25_000_000  # of logits at a time in `by_row`: half an H200's L2
 SLICE_BYTES = 2**24  # of a product that is added to the weight's gradient: it stays in L2
+ALIGNED = 4  # rows: each block's scalars begin at a multiple of 16 bytes, or triton compiles once more for those that do not
 ONE_READ = 32768  # columns that one program of 16 warps holds in registers, 64 a thread: twice as many would be spilled
 AT_ONCE = 8192  # columns of a longer row
 GAIN = 4096.0  # on gradients by logit, a power of two: in fp16 probabilities near 1 / V are subnormal, 4096 times them are not
@@ -108,6 +109,7 @@ def plan(n: int, C: int, V: int, itemsize: int, sms: int, config: Config) -> Pla
     most = max(1, sms // (2 * across)) * p.rows
     by_sums = BYTES // 3 // (4 * -(-V // e.columns))  # rows whose sums of tiles take a third, for V in the millions
     rows = evenly(n, max(p.rows, min(most, by_sums // p.rows * p.rows)))
+    rows = -(-rows // ALIGNED) * ALIGNED
     splits = max(1, min(MOST_SPLITS, sms // (-(-rows // p.rows) * across)))
     left = BYTES - 4 * rows * (splits * C + -(-V // e.columns))
     high, wide = -(-rows // e.rows), max(1, left // (rows * itemsize * e.columns))
@@ -215,14 +217,15 @@ def exponentials(hidden, weight, targets, rows, g, sums, n, start, g_stride, til
         tl.store(g + r[:, None] * g_stride + local[None, :], (e * (q - q * q)).to(g.dtype.element_ty), mask=(r < n)[:, None])
 
 
-@triton.jit(do_not_specialize=["n", "start"])
-def products(g, weight, partial, n, start, width, g_stride, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr,
+@triton.jit(do_not_specialize=["n", "start", "SPAN"])
+def products(g, weight, partial, n, start, width, g_stride, SPAN, C: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, FIRST: tl.constexpr):
-    """One tile of one split of partial += g · weight[start : start + width], or = where FIRST; a split sums SPAN columns of g."""
+    """One tile of one split of partial += g · weight[start : start + width], or = where FIRST; a split sums SPAN columns of g,
+    whole BLOCK_Ks. SPAN follows from n: as a constant it would make a kernel for every few n."""
     high = tl.cdiv(n, BLOCK_M)
     r = tl.program_id(0) % high * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(0) // high * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin, k = tl.program_id(1) * SPAN, tl.arange(0, BLOCK_K)
+    begin, k = tl.program_id(1) * (SPAN // BLOCK_K) * BLOCK_K, tl.arange(0, BLOCK_K)  # known to be aligned, unlike SPAN
     g_at = g + tl.minimum(r, n - 1)[:, None] * g_stride + (begin + k)[None, :]
     weight_at = weight + (start + begin + k).to(tl.int64)[:, None] * C + c[None, :]
     out = partial + (tl.program_id(1) * n + r)[:, None] * C + c[None, :]
@@ -243,9 +246,9 @@ def products(g, weight, partial, n, start, width, g_stride, C: tl.constexpr, SPA
     tl.store(out, total, mask=mine)
 
 
-@triton.jit(do_not_specialize=["n"])
-def finish(hidden, weight, targets, rows, sums, partial, rest, dx, n, tiles, steep, low, scale, C: tl.constexpr,
-           SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "SPLITS"])
+def finish(hidden, weight, targets, rows, sums, partial, rest, dx, n, tiles, steep, low, scale, SPLITS, C: tl.constexpr,
+           TILES: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
     """One row: rest = S / e^{l_t − c}, dx = scale / (S + e^{l_t − c}) · (Σ partial − S q_t (1 − q_t) · weight[target])."""
     i, c = tl.program_id(0), tl.arange(0, BLOCK)
     place = tl.load(rows + i)
@@ -282,8 +285,7 @@ def by_row(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, upstre
     (n,), (V, C) = rows.shape, weight.shape
     room = ROW_BYTES if dw is None else max(ROW_BYTES, 4 * dw.numel())
     at_once = evenly(n, max(1, room // (V * hidden.element_size())))
-    scale = hidden.new_full((n,), GAIN, dtype=torch.float32) if upstream is None else upstream
-    factor = factor / GAIN if upstream is None else factor
+    scale, back = amplified(hidden.new_ones(n, dtype=torch.float32) if upstream is None else upstream, factor)
     rest, below = hidden.new_empty(2, n, dtype=torch.float32)
     buffer, every = hidden.new_empty(at_once, V), n == hidden.size(0)
     with torch.cuda.device_of(hidden):
@@ -293,11 +295,19 @@ def by_row(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, upstre
             differentiate(z, targets[chunk] if every else targets[rows[chunk]], scale[chunk], rest[chunk], below[chunk], softcap,
                           dx is not None or dw is not None)
             if dx is not None:
-                put(dx, None if every else rows[chunk], chunk, product(z, weight).mul_(factor))
+                put(dx, None if every else rows[chunk], chunk, product(z, weight).mul_(back))
             if dw is not None:
                 for part in parts(V, max(1, SLICE_BYTES // (4 * C))):
-                    dw[part].add_(product(z[:, part].T, x), alpha=factor)
+                    dw[part].addcmul_(product(z[:, part].T, x), back)
     return torch.log1p(rest + torch.expm1(below)) - below
+
+
+def amplified(upstream: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """upstream (n,) fp32 brought to a largest finite size of GAIN, and what takes products of it back to factor · upstream: a
+    scalar on the device, so that no host waits for it."""
+    tiny = torch.finfo(torch.float32).tiny
+    peak = upstream.abs().nan_to_num(0.0, posinf=0.0).max().clamp(min=tiny)
+    return upstream / peak * GAIN, peak * (factor / GAIN)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
