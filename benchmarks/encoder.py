@@ -1,15 +1,16 @@
 """A Whisper encoder's time on clips shorter than 30 s: as long as they are, against padded to 30 s.
 
 Architectures of Whisper's tiny, base and small with random weights: speed does not depend on them. Two groups a case: from mel
-frames, the encoder alone, and from waveforms, the log-mel frames included. Errors are the first clip's, against the same
-context in fp64, relative to the largest feature: the two contexts are two functions, each right about its own.
+frames, the encoder alone, and from waveforms, the log-mel frames included. Errors are those of each variant's first clip, against
+the same context in fp64, relative to the largest feature: the two contexts are two functions, each right about its own. On CUDA
+convolutions compute in fp32 where fp32 is measured: TF32, which cuDNN takes unless told otherwise, has 10 bits.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.group import Device, Group, Suite, Variant
+from benchmarks.step import raising
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.features import Features
 
@@ -45,12 +47,17 @@ def cases(suite: Suite, device: Device) -> list[Case]:
 
 
 def groups(suite: Suite, device: Device) -> Iterator[Group]:
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases(suite, device):
-            directory = Path(folder) / case.size
-            if not directory.exists():
-                random_whisper(directory, *SIZES[case.size])
-            yield from groups_of(case, directory, device)
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # until the last group has been measured
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for case in cases(suite, device):
+                directory = Path(folder) / case.size
+                if not directory.exists():
+                    random_whisper(directory, *SIZES[case.size])
+                yield from groups_of(case, directory, device)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def groups_of(case: Case, directory: Path, device: Device) -> Iterator[Group]:
@@ -59,7 +66,7 @@ def groups_of(case: Case, directory: Path, device: Device) -> Iterator[Group]:
     rng = torch.Generator().manual_seed(0)
     sound = [0.1 * torch.randn(case.seconds * full.sampling_rate, generator=rng) for _ in range(case.clips)]
     mel = {encoder: on(device, encoder.preprocess(sound)) for encoder in (full, clip)}
-    errors = {encoder: error(encoder, directory, sound[:1]) for encoder in mel}
+    expected = {encoder: exact(encoder, directory, sound[:1]) for encoder in mel}
     frames = {full: 1500, clip: 50 * case.seconds}
     flops = {encoder: case.clips * flops_of(*SIZES[case.size][:2], frames[encoder], full.n_mels) for encoder in mel}
     fast = compiled(clip) if device == "cuda" else None
@@ -67,8 +74,11 @@ def groups_of(case: Case, directory: Path, device: Device) -> Iterator[Group]:
     name = f"{case.size}, {case.clips} clip{'s' * (case.clips > 1)} of {case.seconds} s, {dtype}"
 
     def variants(run: Any, transformers: Any) -> list[Variant]:
-        def variant(name: str, encoder: WhisperEncoder, step: Any) -> Variant:
-            return Variant(name, step, error=errors[encoder], flops=flops[encoder])
+        def variant(name: str, encoder: WhisperEncoder, step: Callable[[], Features | Tensor]) -> Variant:
+            try:
+                return Variant(name, step, error=error(step(), expected[encoder]), flops=flops[encoder])
+            except Exception as failure:
+                return raising(name, failure)
 
         return [variant("context=full", full, partial(run, full)), variant("context=clip", clip, partial(run, clip)),
                 variant("transformers", full, transformers),
@@ -109,16 +119,21 @@ def compiled(encoder: WhisperEncoder) -> WhisperEncoder:
     return fast
 
 
-def error(encoder: WhisperEncoder, directory: Path, sound: list[Tensor]) -> float:
-    """Largest difference from the same context in fp64, from the same mel frames, relative to the largest feature."""
-    device = encoder.encoder.conv1.weight.device
-    exact = WhisperEncoder(directory, device=device, dtype=torch.float64, context=encoder.context)
+def exact(encoder: WhisperEncoder, directory: Path, sound: list[Tensor]) -> Tensor:
+    """Features in fp64 by the same context and the same weights, from the mel frames as the encoder's dtype has them."""
+    weight = encoder.encoder.conv1.weight
+    twin = WhisperEncoder(directory, device=weight.device, dtype=torch.float64, context=encoder.context)
     with torch.no_grad():  # of the weights as they are: rounding those to bfloat16 is no error of the encoder's
-        for theirs, ours in zip(exact.parameters(), encoder.parameters()):
+        for theirs, ours in zip(twin.parameters(), encoder.parameters()):
             theirs.copy_(ours)
     inputs = encoder.preprocess(sound)
-    expected = exact(Features(inputs.values.to(encoder.encoder.conv1.weight.dtype), inputs.lens)).values
-    return float((encoder(inputs).values.double() - expected).abs().max() / expected.abs().max())
+    return twin(Features(inputs.values.to(weight.dtype), inputs.lens)).values
+
+
+def error(came: Features | Tensor, expected: Tensor) -> float:
+    """Largest difference of the first clip's features, relative to the largest feature."""
+    values = came.values if isinstance(came, Features) else came
+    return float((values[:1].double() - expected).abs().max() / expected.abs().max())
 
 
 def on(device: str, inputs: Features) -> Features:

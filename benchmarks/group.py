@@ -6,8 +6,11 @@ go of. The suite measures time, memory and launches; what is counted or compared
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 Suite = Literal["quick", "full"]
 Device = Literal["cpu", "cuda"]
@@ -24,6 +27,7 @@ class Variant(NamedTuple):
     flops: float | None = None       # of one step, counted
     bytes: float | None = None       # read and written by one step at least, counted
     saved_bytes: int | None = None   # that autograd holds between forward and backward
+    trained: Sequence[Tensor] = ()   # whose gradients a step lets go of first: they are no part of its peak
 
 
 class Group(NamedTuple):
@@ -32,3 +36,8 @@ class Group(NamedTuple):
     baseline: str                    # the variant that ratios are taken against: its time ÷ this one's
     variants: list[Variant]
     bound: float | None = None       # a row with a larger error is invalid, however fast
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest, or NaN where one is NaN: Python's own `max` may drop it, and a NaN error is no small one."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.group import Device, Group, Suite, Variant
+from benchmarks.group import Device, Group, Suite, Variant, worst
 from omni_adapters.lora import Form, LoRALinear, inject_lora, lora_by_path, lora_layers
 from omni_adapters.reference_gpt import GPT, GPTConfig, Linear
 
@@ -113,7 +113,7 @@ def layer_group(n_in: int, n_out: int, device: Device) -> Group:
     least = layer_bytes(problem)
     frozen = problem.base()
     variants = [Variant("frozen layer", partial(step, frozen, (problem.x,), problem.dy), flops=2 * big, bytes=least,
-                        saved_bytes=saved_bytes(frozen, problem.x))]
+                        saved_bytes=saved_bytes(frozen, problem.x), trained=(problem.x,))]
     variants += [layer_variant(name, problem.ours(form), problem, expected, big, small) for name, form in FORMS.items()]
     variants.append(layer_variant("PEFT", problem.peft(), problem, expected, big, small) if has_peft()
                     else Variant("PEFT", why="peft is not installed"))
@@ -129,7 +129,8 @@ def layer_variant(name: str, layer: nn.Module, problem: Problem, expected: list[
     merged = isinstance(layer, LoRALinear) and layer.runs_merged(problem.x)
     flops = 2 * big + (2 * small + 2 * 2 * RANK * n_in * n_out if merged else 3 * small)
     return Variant(name, partial(step, layer, (problem.x,), problem.dy), error=error(layer, problem, expected), flops=flops,
-                   bytes=layer_bytes(problem), saved_bytes=saved_bytes(layer, problem.x))
+                   bytes=layer_bytes(problem), saved_bytes=saved_bytes(layer, problem.x),
+                   trained=(problem.x, *layer.parameters()))
 
 
 def layer_bytes(problem: Problem) -> int:
@@ -142,8 +143,8 @@ def error(layer: nn.Module, problem: Problem, expected: list[Tensor]) -> float:
     """Largest difference of output or gradient from fp64, relative to its largest element."""
     y = step(layer, (problem.x,), problem.dy)
     came = [y, problem.x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
-    return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(came, expected, strict=True)
-               if one is not None)
+    return worst(float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(came, expected, strict=True)
+                 if one is not None)
 
 
 def step(net: nn.Module, inputs: tuple[Any, ...], dy: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ def block_group(width: int, rows: int, device: Device) -> Group:
     nets = {name: build() for name, build in builders.items()}
     half = (x.detach().bfloat16().requires_grad_(), ve.bfloat16(), tuple(table.bfloat16() for table in cos_sin), rows, None)
     variants = [Variant(name, partial(step, net, inputs, dy), error=block_error(net, nets["ours: two-path"], inputs, dy),
-                        saved_bytes=saved_bytes(net, *half)) for name, net in nets.items()]
+                        saved_bytes=saved_bytes(net, *half), trained=(x, *net.parameters())) for name, net in nets.items()]
     if not has_peft():
         variants.append(Variant("PEFT", why="peft is not installed"))
     case = f"block of width {width}, {rows} rows, {str(dtype).removeprefix('torch.')}; saved bytes in bf16"
@@ -205,7 +206,7 @@ def block_error(net: nn.Module, reference: nn.Module, inputs: tuple[Any, ...], d
     wide = (x.detach().double().requires_grad_(), ve.double(), tuple(table.double() for table in cos_sin), *rest)
     expected = [step(reference, wide, dy.double()), wide[0].grad, *factor_gradients(reference)]
     came = [step(net, inputs, dy), x.grad, *factor_gradients(net)]
-    return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(came, expected, strict=True))
+    return worst(float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(came, expected, strict=True))
 
 
 def factor_gradients(net: nn.Module) -> list[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -114,7 +114,7 @@ def timer_of(device: Device) -> Timer:
     return event_ms if device == "cuda" else lambda run: 1e3 * seconds(run, "cpu")
 
 
-def peak_bytes(run: Step, trained: list[Tensor], device: str) -> int:
+def peak_bytes(run: Step, trained: Sequence[Tensor], device: str) -> int:
     """Most bytes that one step holds at a time beyond what was there before it, gradients included: the sum of the
     profiler's allocations on CPU, the allocator's peak on CUDA. Gradients of `trained` are let go of first."""
     for tensor in trained:
@@ -137,7 +137,7 @@ def peak_of(variant: Variant, device: Device) -> int | None:
     """None for a CUDA graph: its memory is a pool that stands before the step begins."""
     if variant.step is None or "CUDA graph" in variant.name:
         return None
-    return peak_bytes(variant.step, [], device)
+    return peak_bytes(variant.step, variant.trained, device)
 
 
 def launches(run: Step, device: Device) -> int | None:
@@ -230,7 +230,7 @@ def measure_group(group: Group, device: Device, roofs: Roofs, budget_s: float, *
     for one in running:
         try:
             rows[one.variant.name] = timed(group, one, device, roofs, medians.get(group.baseline))
-        except Exception as error:  # as above: counting memory and launches runs the step again
+        except Exception as error:  # as above
             rows[one.variant.name] = failed(group, one.variant.name, error)
     return [rows[variant.name] for variant in group.variants]
 
@@ -240,12 +240,24 @@ def timed(group: Group, one: Running, device: Device, roofs: Roofs, baseline_ms:
     p20, p50, p80 = percentiles(one.times)
     tokens = NEW_TOKENS.search(group.case)
     ratio = None if baseline_ms is None or variant.name.endswith(HEADLESS) else baseline_ms / p50
-    return Row(group.bench, group.case, variant.name, "ok", variant.why, ratio, p20, p50, p80, one.first_ms, len(one.times),
+    notes = [variant.why] if variant.why else []
+    asked, peak = (counted(what, count, notes) for what, count in (("launches", lambda: launches(one.step, device)),
+                                                                   ("peak", lambda: peak_of(variant, device))))
+    return Row(group.bench, group.case, variant.name, "ok", "; ".join(notes), ratio, p20, p50, p80, one.first_ms, len(one.times),
                tflops=rate(variant.flops, p50, 1e12), gbs=rate(variant.bytes, p50, 1e9),
                share_of_roof=share_of_roof(variant, p50, roofs, dtype_of(group.case, device)),
-               tokens_per_s=rate(float(tokens[1]), p50, 1) if tokens else None, launches=launches(one.step, device),
-               peak_bytes=peak_of(variant, device), saved_bytes=variant.saved_bytes, error=variant.error, bound=group.bound,
+               tokens_per_s=rate(float(tokens[1]), p50, 1) if tokens else None, launches=asked,
+               peak_bytes=peak, saved_bytes=variant.saved_bytes, error=variant.error, bound=group.bound,
                flops=variant.flops, bytes=variant.bytes)
+
+
+def counted(what: str, count: Callable[[], int | None], notes: list[str]) -> int | None:
+    """None, and a note, where the profiler fails: times that were measured stand without what it counts."""
+    try:
+        return count()
+    except Exception as error:  # a profiler that is missing, busy or forbidden
+        notes.append(f"{what} not counted: {sentence(error)}")
+        return None
 
 
 def rate(amount: float | None, ms: float, unit: float) -> float | None:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import omni_adapters
 from benchmarks.budget import saving, sizes
-from benchmarks.group import Device, Group, Suite, Variant
+from benchmarks.group import Device, Group, Suite, Variant, worst
 from benchmarks.measure import HEADLESS, peak_bytes, seconds, sentence
 from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender
 from omni_adapters.encoders.log_mel import LogMelEncoder
@@ -49,12 +49,13 @@ Run = Callable[[], tuple[Tensor, ...]]  # a step: the loss and the gradients of 
 
 STAGES = ("1", "2", "full")
 STACK = 8
+COMPILE_S = 45.0  # of one case's variants on CUDA: the last may begin until then
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROWS = {"cpu": 1, "cuda": 8}
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}  # of a bound: fp32 sums of 384 to 32768 terms; two roundings of bf16
-NAMES = ("hand-patched", "prepender", "hand-patched, compiled", "prepender, compiled", "CUDA graph, eager kernels",
-         "CUDA graph, compiled")
-EAGER, COMPILED, GRAPHS = NAMES[:2], NAMES[2:4], NAMES[4:]
+NAMES = ("hand-patched", "prepender", "prepender, fused loss", "hand-patched, compiled", "prepender, compiled",
+         "CUDA graph, eager kernels", "CUDA graph, compiled")
+EAGER, COMPILED, GRAPHS = NAMES[:3], NAMES[3:5], NAMES[5:]
 WATCHED = {"projector.fc1.weight", "projector.fc2.weight", *(f"prepender.gpt.{name}.weight" for name in (
     "lm_head", "transformer.h.0.attn.c_q", "transformer.h.0.mlp.c_fc"))}  # gradients that are compared where all are trained
 
@@ -95,25 +96,43 @@ def to_compile(suite: Suite, device: Device) -> list[Case]:
 
 def groups(suite: Suite, device: Device) -> Iterator[Group]:
     for case in cases(suite, device):
-        yield group_of(case, compiling=case in to_compile(suite, device))
+        yield from groups_of(case, compiling=case in to_compile(suite, device))
     if suite == "full" and device == "cpu":
         for depth in (12, 20):
             yield Group("step", f"d{depth}, every stage and length", "hand-patched",
                         [Variant(name, why="hours on a CPU") for name in NAMES])
 
 
-def group_of(case: Case, *, compiling: bool) -> Group:
+def groups_of(case: Case, *, compiling: bool) -> Iterator[Group]:
+    """Eager steps, and where they are compiled as well a second group, so that eager rows need not wait for compilers."""
     host = Host(case)
     expected = host.expected()
     checked: dict[str, float] = {}
     variants = [host.eager(name, expected, checked) for name in EAGER]
     bound = max(FLOOR[DTYPE[case.device]], 3 * checked.get("hand-patched", 0.0))
+    ablations = [Variant(name + HEADLESS, host.step(host.headless(name))) for name in EAGER[:2]]
+    absent = [] if compiling else [not_compiled(name, case.device) for name in (*COMPILED, *GRAPHS)]
+    yield Group("step", str(case), "hand-patched", [*variants, *absent, *ablations], bound)
+    if compiling:
+        yield Group("step", f"{case}, compiled", "hand-patched", [variants[0], *compiled_variants(host, expected)], bound)
+
+
+def not_compiled(name: str, device: Device) -> Variant:
+    return Variant(name, why="no CUDA graphs on a CPU" if device == "cpu" and name in GRAPHS else
+                   "compiling takes minutes: done for a few cases of --suite full")
+
+
+def compiled_variants(host: Host, expected: list[Tensor]) -> Iterator[Variant]:
+    """On CUDA none is begun when COMPILE_S are spent: a run that is cut short has other benches behind this one."""
+    start, device = time.perf_counter(), host.case.device
     for name in (*COMPILED, *GRAPHS):
-        why = "no CUDA graphs on a CPU" if case.device == "cpu" and name in GRAPHS else (
-            "" if compiling else "compiling takes minutes: done for a few cases of --suite full")
-        variants.append(Variant(name, why=why) if why else host.compiled(name, expected))
-    variants += [Variant(name + HEADLESS, host.step(host.headless(name))) for name in EAGER]
-    return Group("step", str(case), "hand-patched", variants, bound)
+        spent = time.perf_counter() - start
+        if device == "cpu" and name in GRAPHS:
+            yield not_compiled(name, device)
+        elif device == "cuda" and spent > COMPILE_S:
+            yield Variant(name, why=f"those before it took {spent:.0f} s to compile")
+        else:
+            yield host.compiled(name, expected)
 
 
 class HostView:
@@ -167,7 +186,11 @@ class Host:
             by_hand = self.by_hand if module is None else module
             return lambda: by_hand(self.idx, self.targets, self.features.values)
         omni: Callable[..., Tensor] = self.omni if module is None else module
-        return lambda: omni(self.idx, self.targets, audio_features=self.features)
+
+        def by_hooks() -> Tensor:
+            self.omni.prepender.loss = "fused" if name.endswith("fused loss") else "host"
+            return omni(self.idx, self.targets, audio_features=self.features)
+        return by_hooks
 
     def headless(self, name: str) -> Callable[[], Tensor]:
         """A step's loss without vocabulary: the mean square of what lm_head would have read."""
@@ -202,8 +225,8 @@ class Host:
             kept = saved_bytes(loss_of, self.omni)
         except Exception as error:
             return raising(name, error)
-        return Variant(name, run, error=checked[name], flops=float(counter.get_total_flops()), bytes=self.least_bytes(kept),
-                       saved_bytes=kept)
+        flops = None if name.endswith("fused loss") else float(counter.get_total_flops())  # nobody counts inside that operator
+        return Variant(name, run, error=checked[name], flops=flops, bytes=self.least_bytes(kept), saved_bytes=kept)
 
     def compiled(self, name: str, expected: list[Tensor]) -> Variant:
         """Compiled once here, for its error; how long that took is the variant's note."""
@@ -254,7 +277,7 @@ class Host:
     def error(self, came: tuple[Tensor, ...], expected: list[Tensor]) -> float:
         """Of the loss relative to it, of a gradient relative to its largest element: the largest of these."""
         mine = [came[0], *(came[1 + place] for place in self.watched)]
-        return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(mine, expected))
+        return worst(float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(mine, expected))
 
 
 def build_gpt(depth: int, device: Device) -> GPT:
@@ -353,9 +376,8 @@ def check(steps: dict[str, Callable[[], Tensor]], soft: Tensor) -> float:
     for variant in VARIANTS:
         losses.append(steps[variant]())
         grads.append(soft.grad.clone())
-    error = max(float((losses[0] - losses[1]).abs()),
-                float((grads[0] - grads[1]).abs().max() / grads[0].abs().max()))
-    if error > TOLERANCE:
+    error = worst([float((losses[0] - losses[1]).abs()), float((grads[0] - grads[1]).abs().max() / grads[0].abs().max())])
+    if not error <= TOLERANCE:  # NaN is not ≤
         raise SystemExit(f"the variants differ by {error:.1e}: a fast wrong step is no step")
     return error
 

@@ -6,6 +6,9 @@ Times come from a fake timer, so that every number expected here is exact; only 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import __main__ as suite
-from benchmarks import decode, report, step
-from benchmarks.group import Group, Variant
+from benchmarks import decode, encoder, loss, measure, report, step
+from benchmarks.group import Group, Variant, worst
 from benchmarks.measure import (
     HEADLESS,
     MAX_ROUNDS,
@@ -152,6 +155,20 @@ def test_a_variant_that_raises_is_a_row_and_the_others_go_on() -> None:
     assert rows["a"].ratio is None  # there is no baseline to divide by
 
 
+def test_times_stand_where_a_profiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    (a,) = steps(1)
+
+    def forbidden(*_: Any) -> int:
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(measure, "launches", forbidden)
+    monkeypatch.setattr(measure, "peak_of", forbidden)
+    row = measured(Group("x", "case", "a", [Variant("a", a, "compiled in 3 s")]), {a: 2.0})[0]["a"]
+    assert (row.status, row.p50_ms, row.launches, row.peak_bytes) == ("ok", 2.0, None, None)
+    said = "not counted: RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"
+    assert row.note == f"compiled in 3 s; launches {said}; peak {said}"
+
+
 # ---- files and comparison --------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +295,16 @@ def test_a_run_goes_on_past_what_fails_and_exits_1(run: Any) -> None:
     assert rows[-1].note == "ValueError: no data"
 
 
+def test_a_device_that_is_lost_is_a_row(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(suite.gc, "collect", lost)
+    code, rows = run([GOOD, GOOD])
+    assert code == 1 and [row.status for row in rows] == ["ok", "ok", "failed"]
+    assert rows[-1].note == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
 def test_a_bench_without_groups_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks.loss", types.ModuleType("benchmarks.loss"))
     for spec, note in ((None, "there is no benchmarks.loss"), ("found", "benchmarks.loss has no groups")):
@@ -295,7 +322,7 @@ def test_minutes_end_a_bench_with_a_row(run: Any) -> None:
 def test_a_name_that_is_no_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         suite.main(["--bench", "losses"])
-    assert "no bench losses; there are loss, lora" in capsys.readouterr().err
+    assert "no bench losses; there are lora, step" in capsys.readouterr().err
 
 
 # ---- the benches -----------------------------------------------------------------------------------------------------------
@@ -316,15 +343,44 @@ def test_the_peak_of_a_step_is_what_it_holds_at_a_time() -> None:
     assert peak_bytes(lambda: None, [], "cpu") == 0
 
 
+def test_gradients_of_the_step_before_are_no_part_of_a_peak() -> None:
+    x = torch.ones(1000, requires_grad=True)
+
+    def step() -> None:
+        x.grad = None
+        x.square().sum().backward()
+
+    wanted = peak_bytes(step, [x], "cpu")
+    assert x.grad is not None and wanted >= 8000  # x² or 2x, and x.grad
+    assert measure.peak_of(Variant("x", step, trained=(x,)), "cpu") == wanted
+
+
+def test_a_loss_that_fails_is_a_row_and_a_foreign_one_is_not_applicable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise ValueError("no kernel image")
+
+    tensors = loss.batch(loss.CASES["frozen"], "cpu", size=(8, 4, 16))
+    ours, theirs = (loss.variant(name, broken, tensors, []) for name in ("triton", "liger"))
+    assert ours.step is not None and theirs.step is None and theirs.why == "ValueError: no kernel image"
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        ours.step()
+    monkeypatch.setattr(loss, "missing", lambda package, device: "")
+    for name in ("liger", "cut_cross_entropy"):
+        monkeypatch.setattr(loss, name, broken)
+    assert {why for _, why in loss.others(loss.CASES["frozen"], "cuda")} == {"ValueError: no kernel image"}
+
+
 @pytest.mark.parametrize("stage", step.STAGES)
 def test_steps_agree_with_the_hand_patched_forward_in_fp64(stage: str) -> None:
-    group = step.group_of(step.Case(1, stage, 6, 4, "cpu"), compiling=False)
+    (group,) = step.groups_of(step.Case(1, stage, 6, 16, "cpu"), compiling=False)  # 2¹⁹ logits
     found = {variant.name: variant for variant in group.variants}
-    assert set(found) == {*step.NAMES, *(name + HEADLESS for name in step.EAGER)}
+    assert set(found) == {*step.NAMES, *(name + HEADLESS for name in step.EAGER[:2])}
     for name in step.EAGER:
         error, bound = found[name].error, group.bound
         assert error is not None and bound is not None and error <= bound
-    by_hand, ours = (found[name] for name in step.EAGER)
+    by_hand, ours, fused = (found[name] for name in step.EAGER)
+    assert fused.saved_bytes is not None and fused.saved_bytes != ours.saved_bytes  # another way; fewer where it is chunked:
+    assert stage == "full" or fused.saved_bytes < ours.saved_bytes                  # a trained weight has too few rows for it
     assert by_hand.flops and ours.flops and by_hand.saved_bytes and ours.saved_bytes
     C, V, soft, matmuls = 128, 32768, 6, 3 if stage == "full" else 2  # forward, hidden states' gradient, the weight's gradient
     assert by_hand.flops - ours.flops == pytest.approx(2 * V * C * soft * matmuls, rel=1e-4)  # a smear gate is 24 wide
@@ -335,9 +391,48 @@ def test_steps_agree_with_the_hand_patched_forward_in_fp64(stage: str) -> None:
 def test_a_wrong_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step.Host, "loss_by", lambda self, name, module=None: lambda: self.headless("prepender")()
                         + 0 * sum(p.sum() for p in self.trained.values()))
-    group = step.group_of(step.Case(1, "1", 6, 4, "cpu"), compiling=False)
+    (group,) = step.groups_of(step.Case(1, "1", 6, 4, "cpu"), compiling=False)
     errors = [variant.error for variant in group.variants[:2]]
     assert all(error is not None and error > 0.1 for error in errors)
+
+
+def test_a_gradient_that_is_not_a_number_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a right loss and a right gradient: √ has no slope at 0, and 0 × ∞ is NaN."""
+    right = step.Host.loss_by
+
+    def loss_by(self: step.Host, name: str, module: Any = None) -> Callable[[], torch.Tensor]:
+        return lambda: right(self, name, module)() + (0 * list(self.trained.values())[-1]).sum().sqrt()
+
+    monkeypatch.setattr(step.Host, "loss_by", loss_by)
+    (group,) = step.groups_of(step.Case(1, "1", 6, 4, "cpu"), compiling=False)
+    rows = measure_group(group._replace(variants=group.variants[:3]), "cpu", ROOFS, 0.0)
+    assert [(row.status, row.note.split()[1]) for row in rows] == 3 * [("invalid", "nan")]
+    assert group.bound == step.FLOOR[torch.float32]  # three times NaN is no bound
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(0, 9), st.booleans())
+def test_the_worst_of_errors_is_nan_where_one_is(errors: list[float], place: int, nan: bool) -> None:
+    if nan:
+        errors.insert(place, float("nan"))
+    assert math.isnan(worst(errors)) if nan else worst(errors) == max(errors)
+
+
+def test_compiled_steps_are_a_group_behind_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def compiled(self: step.Host, name: str, expected: list[torch.Tensor]) -> Variant:
+        asked.append(name)
+        return Variant(name, lambda: None)
+
+    monkeypatch.setattr(step.Host, "compiled", compiled)
+    both = step.groups_of(step.Case(1, "1", 6, 4, "cpu"), compiling=True)
+    eager = next(both)
+    assert {variant.name for variant in eager.variants} == {*step.EAGER, *(name + HEADLESS for name in step.EAGER[:2])}
+    assert not asked  # eager rows are there before anything is compiled
+    (behind,) = both
+    assert behind.case == f"{eager.case}, compiled" and behind.baseline == "hand-patched" and asked == [*step.COMPILED]
+    assert [variant.name for variant in behind.variants] == ["hand-patched", *step.COMPILED, *step.GRAPHS]
+    assert behind.variants[0].error == eager.variants[0].error and not behind.variants[-1].step
 
 
 def test_cases_of_the_suite() -> None:
@@ -360,9 +455,36 @@ def test_decoding_agrees_with_and_without_a_cache() -> None:
     assert flops[0] > flops[1] > flops[2]  # type: ignore[operator]
 
 
+def test_encoders_are_measured_without_tf32_and_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(encoder, "random_whisper", lambda *_: None)
+    monkeypatch.setattr(encoder, "groups_of", lambda *_: (GOOD for _ in range(2)))
+    for _ in encoder.groups("quick", "cpu"):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        if len(seen) == 3:  # a run that is out of time
+            break
+    assert seen == 3 * [False] and torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_gpu_script_can_be_read() -> None:
     subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=ROOT, check=True)
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    limits = [int(word) for line in text.splitlines() for mark, word in zip(line.split(), line.split()[1:]) if mark == "timeout"]
-    assert len(limits) >= 3 and sum(sorted(limits)[-3:]) <= 480  # seconds
+    code = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    limits = [(int(limit), int(killed)) for line in code for killed, limit in re.findall(r"timeout -k (\d+) (\d+) ", line)]
+    assert len(limits) == sum(line.count("timeout") for line in code) == sum(line.count('"$PYTHON"') for line in code) == 6
+    shown = limits[-1]  # for two folders
+    assert sum(map(sum, [*limits, shown])) <= 480  # seconds, with the time in which a process may resist
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_gpu_script_goes_on_past_what_fails(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> "$CALLS"\nexit 3\n')
+    (tmp_path / "python").chmod(0o755)
+    variables = {"OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python"), "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=os.environ | variables, capture_output=True)
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " pip " not in line]
+    assert done.returncode == 1 and len(calls) == 6
+    first, second = (call.split("--bench ")[1].split(" --")[0].split() for call in calls if "--bench" in call)
+    assert second == ["loss"] and sorted(first + second) == sorted(suite.BENCHES)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from omni_adapters.fingerprints import Digest, describe_host
 from omni_adapters.frozen_weights import cast_frozen, frozen_cast
-from omni_adapters.lora import LoRALinear, inject_lora, lora_layers, lora_parameters, remove_lora
+from omni_adapters.lora import LoRALinear, inject_lora, lora_layers, lora_parameters
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.reference_gpt import GPT
 from omni_adapters.shapes import BadInput

@@ -109,7 +109,7 @@ def step(batch: tuple[Tensor, Tensor, Tensor], trained: bool, loss_of: Any) -> l
 @pytest.mark.parametrize("impl, trained, softcap", [("triton", False, 15.0), ("cublas", False, 15.0), ("cublas", True, 15.0),
                                                     ("cublas", False, None)])
 @pytest.mark.parametrize("N, C, V", [REAL, (70, 48, 330), (33, 72, 40000), (5000, 384, 65536)])
-def test_never_further_off_than_eager(N: int, C: int, V: int, impl: str, trained: bool, softcap: float | None) -> None:
+def test_never_further_off_than_eager_on_cuda(N: int, C: int, V: int, impl: str, trained: bool, softcap: float | None) -> None:
     """Root mean squares over 4 · 10³ and more elements: two samples of the same rounding differ by less than 5 %."""
     batch = problem(N, C, V)
     exact = step((batch[0].double(), batch[1].double(), batch[2]), trained,
@@ -145,7 +145,7 @@ def test_every_reduction_on_cuda(reduction: str, dtype: torch.dtype, impl: str) 
 
 @needs_cuda
 @pytest.mark.parametrize("N", [4096, 32768])
-def test_buffers_are_32_megabytes_at_any_length(N: int) -> None:
+def test_buffers_are_32_megabytes_at_any_length_on_cuda(N: int) -> None:
     hidden, weight, targets = problem(N, *REAL[1:])
     hidden.requires_grad_()
     for _ in range(2):  # the first compiles, and cuBLAS takes its workspace
@@ -161,14 +161,14 @@ def test_buffers_are_32_megabytes_at_any_length(N: int) -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("impl, trained", [("triton", False), ("cublas", False), ("cublas", True)])
-def test_the_same_bits_twice(impl: str, trained: bool) -> None:
+def test_the_same_bits_twice_on_cuda(impl: str, trained: bool) -> None:
     batch = problem(*REAL)
     first, second = (step(batch, trained, lambda *a: linear_cross_entropy(*a, softcap=15.0, impl=impl)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second))
 
 
 @needs_cuda
-def test_every_candidate_computes_the_same() -> None:
+def test_every_candidate_computes_the_same_on_cuda() -> None:
     from omni_adapters.kernels import linear_cross_entropy as kernels
     hidden, weight, targets = problem(1000, 768, 32768)
     rows, came = (targets >= 0).nonzero().squeeze(1), []
@@ -189,3 +189,9 @@ def test_one_graph_on_cuda() -> None:
         torch.compile(lambda *a: linear_cross_entropy(*a, softcap=15.0), fullgraph=True))]
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-6)
+
+
+def test_what_needs_cuda_says_so_in_its_name() -> None:
+    """`benchmarks/gpu.sh` picks these tests by name: `-k cuda`."""
+    marked = [name for name, test in globals().items() if needs_cuda.mark in getattr(test, "pytestmark", ())]
+    assert marked and all("cuda" in name for name in marked)
