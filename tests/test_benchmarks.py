@@ -488,3 +488,25 @@ def test_gpu_script_goes_on_past_what_fails(tmp_path: Path) -> None:
     assert done.returncode == 1 and len(calls) == 6
     first, second = (call.split("--bench ")[1].split(" --")[0].split() for call in calls if "--bench" in call)
     assert second == ["loss"] and sorted(first + second) == sorted(suite.BENCHES)
+
+
+def test_the_page_says_what_was_measured() -> None:
+    """docs/performance.md's table, row by row, from the committed report."""
+    header, rows = report.read(ROOT / "benchmarks" / "results" / "cpu")
+    found = {(row.bench, row.case, row.variant): row for row in rows}
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "performance.md").read_text().splitlines()]
+    told = [line for line in lines if len(line) == 6 and line[0] in suite.BENCHES]
+    assert len(told) > 10 and header["suite"] == "quick"
+    for bench, case, variant, against, ratio, peak in told:
+        row, other = found[bench, case, variant], found[bench, case, against]
+        assert row.ratio is not None and row.peak_bytes is not None and other.peak_bytes is not None and other.ratio == 1
+        assert (ratio, peak) == (f"{row.ratio:.2f}", f"{row.peak_bytes / 1e6:.1f} of {other.peak_bytes / 1e6:.1f}")
+
+
+def test_the_goals_on_a_cpu_are_reached() -> None:
+    """In the committed report: LoRA within 1.25 × of the frozen layer, a 5 s clip 5 × faster than padded to 30 s."""
+    _, rows = report.read(ROOT / "benchmarks" / "results" / "cpu")
+    ratios = {(row.bench, row.case, row.variant): row.ratio or 0.0 for row in rows}
+    assert 1 / ratios["lora", "768 → 3072, 4096 rows, float32", "ours"] <= 1.25
+    encoder = [ratio for (bench, _, variant), ratio in ratios.items() if bench == "encoder" and variant == "context=clip"]
+    assert len(encoder) == 4 and min(encoder) >= 5

@@ -59,6 +59,7 @@ def test_the_demo_reaches_its_goals(tmp_path: Path) -> None:
     assert metrics["lm_unchanged"] and [row["word"] for row in metrics["heard"]] == metrics["said"].split()
 
 
+@pytest.mark.slow
 def test_align_smoke(tmp_path: Path) -> None:
     assert "passed" in run("align_smoke.py", "--out", str(tmp_path))
     report = json.loads((tmp_path / "metrics.json").read_text())

@@ -35,11 +35,13 @@ def passes_in_a_process(name: str, tmp_path: Path, **environment: str) -> bool:
     return child.returncode == 0
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_interpreted(tmp_path: Path) -> None:
     assert passes_in_a_process("kernels_interpreted.py", tmp_path, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compiled_for_sm_80_and_sm_90(tmp_path: Path) -> None:
     assert passes_in_a_process("kernels_compiled.py", tmp_path, TRITON_INTERPRET="0")

@@ -643,6 +643,7 @@ def bounded(folder, keep=2):
     assert len(names) <= 3 + keep + 1, names
 
 
+@pytest.mark.slow
 def test_death_at_every_call_of_rows_and_saves(folder, torn):
     """From a new folder to the third checkpoint. What was saved before the death is there after it."""
     saved = mmap.mmap(-1, 8)

@@ -81,6 +81,7 @@ def test_splits_share_no_sentence_and_no_voice(corpus: tuple[Path, dict[str, lis
     assert not strangers & {row.attributes["voice"] for name in ("train", "unseen") for row in rows[name]}
 
 
+@pytest.mark.slow
 def test_equal_options_give_equal_bytes_and_a_crash_costs_nothing(
         corpus: tuple[Path, dict[str, list[ManifestRow]]], tmp_path: Path) -> None:
     out, _ = corpus
