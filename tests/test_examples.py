@@ -30,6 +30,7 @@ def demo(out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     return json.loads((out / "metrics.json").read_text()), printed
 
 
+@pytest.mark.slow
 def test_the_demo_writes_what_it_promises(tmp_path: Path) -> None:
     metrics, printed = demo(tmp_path, *SMALL, "--say", "lock the red door in the attic now")
     assert metrics.keys() >= SETS

@@ -375,12 +375,14 @@ def killed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_r1_r2_r6_killed_it_ends_as_if_undisturbed(aligned: Path, killed: Path) -> None:
     """Adapter, checkpoints with the optimizer's state, and log, byte for byte; `kill_until_done` has watched R1 and R6."""
     assert results(killed) == results(aligned)
     assert not [path.name for path in killed.iterdir() if path.name.endswith((".tmp", ".saving")) or path.name.startswith(".bad")]
 
 
+@pytest.mark.slow
 def test_r3_every_sample_once_an_epoch_across_kills(corpus: Corpus, killed: Path) -> None:
     planned, rows = plan(ShardReader(corpus.train)), steps_of(killed)
     assert [(row["epoch"], row["rows_crc32"]) for row in rows] == [
@@ -390,6 +392,7 @@ def test_r3_every_sample_once_an_epoch_across_kills(corpus: Corpus, killed: Path
     assert len(set(epochs[1])) == len(epochs[1]) and epochs[1] != epochs[0][: len(epochs[1])]
 
 
+@pytest.mark.slow
 def test_r2_a_run_that_is_done_ends_again_the_same(corpus: Corpus, killed: Path) -> None:
     before = results(killed)
     (killed / "adapter.safetensors").unlink()
@@ -506,6 +509,7 @@ def test_r4_what_decides_nothing_may_change(corpus: Corpus, aligned: Path, tmp_p
 # ---- R5, R7 ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_r5_a_full_disk_leaves_the_previous_checkpoint(corpus: Corpus, aligned: Path, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"

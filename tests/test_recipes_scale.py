@@ -91,6 +91,7 @@ def test_batches_of_this_corpus_are_uneven(corpus: Corpus) -> None:
     assert {step.epoch for step in steps} >= {0, 1, 2} and len({sum(map(len, step.groups)) for step in steps}) > 2
 
 
+@pytest.mark.slow
 def test_stage_1_sharded_over_two_ranks(corpus: Corpus, alone: Path, tmp_path: Path) -> None:
     run("align", corpus.options(tmp_path / "run", *TOGETHER, "--engine", "fsdp2"), ranks=2)
     check_equal(tmp_path / "run", alone)
