@@ -3,7 +3,7 @@
     python -m benchmarks.budget              # prints the tables, seconds
     python -m benchmarks.budget --json       # also holds the memory formula against a small GPT, and writes budget.json
 
-Nothing here is a timing. The formulas are omni_adapters/cost.py's. Its activation formula counts what autograd saves in
+Nothing here is a timing. The formulas are omni_adapters/step_counts.py's. Its activation formula counts what autograd saves in
 nanochat's forward; `saved_bytes` counts the same on the reference GPT with saved-tensor hooks, and tests hold the two
 together. FLOPs are held against torch's FlopCounterMode. LoRA runs in its two-path form, which is counted.
 """
@@ -24,8 +24,11 @@ from torch import Tensor
 
 import omni_adapters
 from omni_adapters import Features, OmniGPT, Projector
-from omni_adapters.cost import (
-    MACHINES,
+from omni_adapters.cost import MACHINES, table
+from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.lora import Form, lora_by_path
+from omni_adapters.reference_gpt import GPT, GPTConfig
+from omni_adapters.step_counts import (
     Adapter,
     Batch,
     Engine,
@@ -35,14 +38,9 @@ from omni_adapters.cost import (
     memory,
     rows_that_fit,
     sizes,
-    table,
     traffic,
     whisper_encoder,
 )
-from omni_adapters.cost import attended as attended
-from omni_adapters.encoders.log_mel import LogMelEncoder
-from omni_adapters.lora import Form, lora_by_path
-from omni_adapters.reference_gpt import GPT, GPTConfig
 
 DEPTHS = (12, 20, 26)
 GPUS = (1, 8, 64)

@@ -30,23 +30,11 @@ from tqdm import tqdm
 import omni_adapters
 from benchmarks.step import peak_bytes
 from omni_adapters import Features, OmniGPT, Projector
-from omni_adapters.cost import (
-    MACHINES,
-    Adapter,
-    Batch,
-    Machine,
-    Prediction,
-    Stage,
-    Utilisation,
-    adapter,
-    predict,
-    sizes,
-    step_bytes,
-    table,
-)
+from omni_adapters.cost import MACHINES, Machine, Prediction, Utilisation, predict, table
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.lora import lora_by_path
 from omni_adapters.reference_gpt import GPT, GPTConfig
+from omni_adapters.step_counts import Adapter, Batch, Stage, adapter, sizes, step_bytes
 
 ROOT = Path(__file__).parents[1]
 STACK, RANK, D_MODEL = 8, 16, 80       # D_MODEL: log-mel's bands

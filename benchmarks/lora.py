@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.group import Device, Group, Suite, Variant, worst
+from benchmarks.step import saved_bytes
 from omni_adapters.lora import Form, LoRALinear, inject_lora, lora_by_path, lora_layers
 from omni_adapters.reference_gpt import GPT, GPTConfig, Linear
 
@@ -113,7 +114,7 @@ def layer_group(n_in: int, n_out: int, device: Device) -> Group:
     least = layer_bytes(problem)
     frozen = problem.base()
     variants = [Variant("frozen layer", partial(step, frozen, (problem.x,), problem.dy), flops=2 * big, bytes=least,
-                        saved_bytes=saved_bytes(frozen, problem.x), trained=(problem.x,))]
+                        saved_bytes=saved_bytes(partial(frozen, problem.x), frozen), trained=(problem.x,))]
     variants += [layer_variant(name, problem.ours(form), problem, expected, big, small) for name, form in FORMS.items()]
     variants.append(layer_variant("PEFT", problem.peft(), problem, expected, big, small) if has_peft()
                     else Variant("PEFT", why="peft is not installed"))
@@ -129,7 +130,7 @@ def layer_variant(name: str, layer: nn.Module, problem: Problem, expected: list[
     merged = isinstance(layer, LoRALinear) and layer.runs_merged(problem.x)
     flops = 2 * big + (2 * small + 2 * 2 * RANK * n_in * n_out if merged else 3 * small)
     return Variant(name, partial(step, layer, (problem.x,), problem.dy), error=error(layer, problem, expected), flops=flops,
-                   bytes=layer_bytes(problem), saved_bytes=saved_bytes(layer, problem.x),
+                   bytes=layer_bytes(problem), saved_bytes=saved_bytes(partial(layer, problem.x), layer),
                    trained=(problem.x, *layer.parameters()))
 
 
@@ -156,21 +157,6 @@ def step(net: nn.Module, inputs: tuple[Any, ...], dy: Tensor) -> Tensor:
     return y.detach()
 
 
-def saved_bytes(net: nn.Module, *inputs: Any) -> int:
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = net(*inputs)  # alive until all is counted, so that no storage comes twice
-    total = sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
-    del result
-    return total
-
-
 # ---- one block -------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +177,8 @@ def block_group(width: int, rows: int, device: Device) -> Group:
     nets = {name: build() for name, build in builders.items()}
     half = (x.detach().bfloat16().requires_grad_(), ve.bfloat16(), tuple(table.bfloat16() for table in cos_sin), rows, None)
     variants = [Variant(name, partial(step, net, inputs, dy), error=block_error(net, nets["ours: two-path"], inputs, dy),
-                        saved_bytes=saved_bytes(net, *half), trained=(x, *net.parameters())) for name, net in nets.items()]
+                        saved_bytes=saved_bytes(partial(net, *half), net), trained=(x, *net.parameters()))
+                for name, net in nets.items()]
     if not has_peft():
         variants.append(Variant("PEFT", why="peft is not installed"))
     case = f"block of width {width}, {rows} rows, {str(dtype).removeprefix('torch.')}; saved bytes in bf16"

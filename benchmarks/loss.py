@@ -34,6 +34,7 @@ from tqdm import tqdm
 import omni_adapters
 from benchmarks.group import Device, Group, Suite, Variant, worst
 from benchmarks.measure import sentence
+from benchmarks.report import ratio_axis
 from benchmarks.step import ROOT, peak_bytes, raising, seconds
 from omni_adapters.loss import linear_cross_entropy
 
@@ -275,12 +276,9 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             bars = axis.bar([i + (place - (len(shown) - 1) / 2) * 0.8 / len(shown) for i, _ in at], [value for _, value in at],
                             0.76 / len(shown), color=colours[name], label=name)
             axis.bar_label(bars, fmt="%.1f", fontsize=7)
-        axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log")
         axis.set_xticks(range(len(rows)), [row["case"].replace(" rows ", "\nrows ") for row in rows], fontsize=8)
-        axis.set_ylabel("logits written out ÷ this")
-        axis.set_title(label, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+        ratio_axis(axis, label, "logits written out ÷ this")
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)

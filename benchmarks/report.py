@@ -173,6 +173,14 @@ def finish(figure: Any, path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def ratio_axis(axis: Any, title: str, label: str) -> None:
+    """An axis of bars around 1: `label` says what is divided by what."""
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_ylabel(label)
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def draw_roofline(rows: list[Row], header: dict[str, Any], title: str, path: Path) -> str | None:
     """FLOPs for each byte against TFLOP/s, below the roofs that were measured beside them."""
     import matplotlib.pyplot as plt

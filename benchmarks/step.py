@@ -36,6 +36,7 @@ import omni_adapters
 from benchmarks.budget import saving, sizes
 from benchmarks.group import Device, Group, Suite, Variant, worst
 from benchmarks.measure import HEADLESS, peak_bytes, seconds, sentence
+from benchmarks.report import ratio_axis
 from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.lora import inject_lora
@@ -292,13 +293,13 @@ def build_gpt(depth: int, device: Device) -> GPT:
     return gpt
 
 
-def saved_bytes(loss_of: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of all storages that autograd holds when forward is over, the model's own left out."""
+def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes of all storages that autograd holds when `forward` is over, the model's own left out."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     with saving() as alive:
-        loss = loss_of()
+        result = forward()  # alive until all is counted
         storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
-    assert loss.requires_grad
+    assert result.requires_grad
     return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
 
 
@@ -417,12 +418,9 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
             bars = axis.bar([i + offset for i in range(len(sizes))], [found[size] for size in sizes], 0.38, color=colour,
                             label="LM frozen" if mode == "frozen" else "all trained")
             axis.bar_label(bars, fmt="%.2f", fontsize=8)
-        axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axis.set_xlabel("soft tokens per row")
-        axis.set_ylabel("hand-patched ÷ prepender")
-        axis.set_title(label, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+        ratio_axis(axis, label, "hand-patched ÷ prepender")
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)

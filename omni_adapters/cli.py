@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omni_adapters.cost import ENCODERS, MACHINES, as_json, cost, describe
+from omni_adapters.cost import MACHINES, as_json, cost, describe
 from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shard_format import DTYPES
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.shapes import BadInput, MissingExtra
+from omni_adapters.step_counts import ENCODERS
 from omni_adapters.training.options import add_context_option
 from omni_adapters.training.sources import identity, open_encoder
 

@@ -28,12 +28,13 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import budget  # noqa: E402
-from benchmarks.budget import Batch, Small, adapter, flops, memory, sizes, traffic  # noqa: E402
+from benchmarks.budget import Small  # noqa: E402
 from benchmarks.step import peak_bytes  # noqa: E402
 from omni_adapters import cli  # noqa: E402
 from omni_adapters.anatomy import unwrap  # noqa: E402
 from omni_adapters.lora import BREAK_EVEN  # noqa: E402
 from omni_adapters.reference_gpt import GPT, GPTConfig  # noqa: E402
+from omni_adapters.step_counts import Batch, adapter, attended, flops, memory, sizes, traffic  # noqa: E402
 
 PAGE = (ROOT / "docs" / "scale.md").read_text()
 DTYPES = (torch.float32, torch.bfloat16)
@@ -80,7 +81,7 @@ def test_parameters_are_those_of_real_nanochat() -> None:
         total, matmuls, windows = found[str(depth)]
         assert (gpt.total, gpt.matmuls) == (total, matmuls)
         assert flops(gpt, adapter(gpt), Batch(1, 3000, 64))["attention"] == 12 * gpt.n_embd * sum(
-            budget.attended(3064, window) for window in windows)
+            attended(3064, window) for window in windows)
 
 
 @pytest.mark.parametrize(("d_model", "n_layer", "n_mels"), [(512, 6, 80), (1280, 32, 128)])
@@ -213,7 +214,7 @@ def test_merged_lora_has_no_more_flops_than_the_formula() -> None:
 @given(T=st.integers(1, 40), window=st.integers(0, 50))
 def test_attended_keys_are_the_masks_ones(T: int, window: int) -> None:
     mask = [(query, key) for query in range(T) for key in range(T) if 0 <= query - key <= window]
-    assert budget.attended(T, window) == len(mask)
+    assert attended(T, window) == len(mask)
 
 
 @settings(max_examples=30)
@@ -222,7 +223,7 @@ def test_attention_heeds_the_reference_gpts_windows(depth: int, soft: int) -> No
     found = sizes(depth, aspect_ratio=32, head_dim=32, vocab_size=64)
     gpt = GPT(GPTConfig(sequence_len=300, vocab_size=64, n_layer=depth, n_head=found.n_head, n_kv_head=found.n_head,
                         n_embd=found.n_embd))
-    keys = sum(budget.attended(soft + 5, window) for window in gpt.windows)
+    keys = sum(attended(soft + 5, window) for window in gpt.windows)
     batch = Batch(rows=3, soft=soft, text=5)
     assert flops(found, adapter(found), batch, sequence_len=300)["attention"] == 3 * 12 * found.n_embd * keys
 

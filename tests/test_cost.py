@@ -1,5 +1,6 @@
-"""The model of cost (omni_adapters/cost.py): what it counts is what an eager step of the reference GPT does, and what it makes of
-the counts is the equation it states. FLOPs of frozen GPTs, parameters, traffic and kept bytes are tests/test_budget.py's."""
+"""The model of cost (omni_adapters/cost.py, step_counts.py): what it counts is what an eager step of the reference GPT does, and
+what it makes of the counts is the equation it states. FLOPs of frozen GPTs, parameters, traffic and kept bytes are
+tests/test_budget.py's."""
 
 from __future__ import annotations
 
@@ -26,8 +27,10 @@ from benchmarks import cost as benchmark  # noqa: E402
 from benchmarks.budget import Small, small_step  # noqa: E402
 from benchmarks.step import peak_bytes  # noqa: E402
 from omni_adapters import cost as model  # noqa: E402
-from omni_adapters.cost import MACHINES, Batch, Machine, Part, Stage, cost, flops, step_bytes, step_parts, traffic  # noqa: E402
+from omni_adapters import step_counts as counts  # noqa: E402
+from omni_adapters.cost import MACHINES, Machine, cost  # noqa: E402
 from omni_adapters.shapes import BadInput  # noqa: E402
+from omni_adapters.step_counts import Batch, Part, Stage, flops, step_bytes, step_parts, traffic  # noqa: E402
 
 BATCH = Batch(rows=2, soft=24, text=12, stack=4)
 STAGES: tuple[Stage, ...] = ("1", "2", "full")
@@ -126,8 +129,8 @@ def test_flops_of_a_gpt_that_trains_are_torchs_count(depth: int) -> None:
 
 
 def test_flops_of_parts_are_those_of_the_step() -> None:
-    gpt = model.sizes(12)
-    own = model.adapter(gpt, rank=16)
+    gpt = counts.sizes(12)
+    own = counts.adapter(gpt, rank=16)
     parts = step_parts(gpt, own, Batch())
     counted = sum(part.flops for part in parts.values() if part.unit != "function")
     assert counted == pytest.approx(sum(flops(gpt, own, Batch()).values()), rel=1e-12)
@@ -148,11 +151,14 @@ def test_the_peak_of_forward_and_backward(stage: Stage, text: int) -> None:
     assert told == pytest.approx(peak, rel=0.08)
 
 
-def test_formulas_need_no_torch() -> None:
-    tree = ast.parse((ROOT / "omni_adapters" / "cost.py").read_text())
+@pytest.mark.parametrize(("file", "needed"), [
+    ("step_counts.py", {"__future__", "math", "typing"}),
+    ("cost.py", {"__future__", "math", "collections.abc", "typing", "omni_adapters.shapes", "omni_adapters.step_counts"})])
+def test_formulas_need_no_torch(file: str, needed: set[str]) -> None:
+    tree = ast.parse((ROOT / "omni_adapters" / file).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert modules == {"__future__", "math", "collections.abc", "typing", "omni_adapters.shapes"}
+    assert modules == needed
 
 
 # ---- what is made of the counts ------------------------------------------------------------------------------------------
@@ -179,9 +185,9 @@ def test_measured_bandwidths_are_met_and_bound_what_lies_between(tensor: float) 
 
 
 @given(num_gpus=st.integers(2, 1000), engine=st.sampled_from(["ddp", "fsdp2"]), full=st.booleans())
-def test_traffic_is_a_ring_at_the_slowest_links_speed(num_gpus: int, engine: model.Engine, full: bool) -> None:
-    gpt = model.sizes(4)
-    own = model.adapter(gpt)
+def test_traffic_is_a_ring_at_the_slowest_links_speed(num_gpus: int, engine: counts.Engine, full: bool) -> None:
+    gpt = counts.sizes(4)
+    own = counts.adapter(gpt)
     sent = traffic(gpt, own, engine, num_gpus, full=full)
     took = model.traffic_seconds(PLAIN, gpt, own, engine, num_gpus, full) - sent / (4 if num_gpus == 2 else 1)
     assert 0 < took < sent  # what is left is latency
@@ -193,7 +199,7 @@ def test_traffic_is_a_ring_at_the_slowest_links_speed(num_gpus: int, engine: mod
 @given(gpu=st.sampled_from(list(MACHINES)), depth=st.integers(1, 40), soft=st.integers(1, 2000), text=st.integers(1, 500),
        batch=st.integers(1, 64), stage=st.sampled_from(STAGES), engine=st.sampled_from(["ddp", "fsdp2"]),
        overlap=st.booleans(), online=st.booleans())
-def test_a_prediction_adds_up(gpu: str, depth: int, soft: int, text: int, batch: int, stage: Stage, engine: model.Engine,
+def test_a_prediction_adds_up(gpu: str, depth: int, soft: int, text: int, batch: int, stage: Stage, engine: counts.Engine,
                               overlap: bool, online: bool) -> None:
     one, many = cost(gpu=gpu, depth=depth, soft=soft, text=text, batch=batch, stage=stage, engine=engine, overlap=overlap,
                      online=online, gpus=(1, 1000), price=2.5)
@@ -243,7 +249,7 @@ def test_what_cannot_be_priced_is_refused(options: dict[str, Any], message: str)
 def test_a_feature_lasts_as_long_as_its_encoder_says() -> None:
     from omni_adapters.encoders.log_mel import LogMelEncoder
 
-    assert model.ENCODERS["log_mel"].frame_rate == LogMelEncoder.frame_rate == 100
+    assert counts.ENCODERS["log_mel"].frame_rate == LogMelEncoder.frame_rate == 100
     for encoder, rate in (("log_mel", 100.0), ("whisper-base", 50.0)):
         assert cost(encoder=encoder) == cost(encoder=encoder, frame_rate=rate) != cost(encoder=encoder, frame_rate=75.0)
 

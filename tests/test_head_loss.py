@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from omni_adapters import Features, SoftTokenPrepender, head_loss, loss
 from omni_adapters.lora import inject_lora
 from omni_adapters.shapes import BadInput
+from omni_adapters.training.validation import loss_of
 
 # fp32: a loss is a sum of some hundred terms of order 1, a gradient one of some thousand; either has 2⁻²⁴ a term
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -29,10 +30,6 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     monkeypatch.setattr("omni_adapters.prepender.head_loss", lambda *args: calls.append(1) or head_loss.head_loss(*args))
     return calls
-
-
-def loss_of(result: Any) -> Tensor:
-    return result if isinstance(result, Tensor) else result[1] if type(result) is tuple else result.loss
 
 
 def batch(n_embd: int, T: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Features]:

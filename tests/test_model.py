@@ -13,6 +13,7 @@ from tiny_whisper import make_tiny_whisper
 from torch import Tensor, nn
 
 from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender, fingerprints
+from omni_adapters.anatomy import logits_of
 from omni_adapters.checkpoint import load_adapter, save_adapter
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
@@ -391,10 +392,6 @@ def test_a_batch_without_sound_has_a_gradient_for_all_that_trains(build: Callabl
     loss.backward()
     for group in omni.trainable_parameters():
         assert all(p.grad is not None and not p.grad.any() for p in group["params"])
-
-
-def logits_of(result: Any) -> Tensor:
-    return result[0] if type(result) is tuple else getattr(result, "logits", result)
 
 
 @pytest.mark.parametrize("build", [reference, nano_gpt, tiny_hf])

@@ -26,6 +26,7 @@ from omni_adapters.features import Features
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
+from omni_adapters.training.validation import loss_of
 
 P = 127  # inside wte, outside the vocabulary
 EXACT = {"rtol": 0, "atol": 1e-6}  # gradients of order 0.1 to 1, whose sums run in the same order or nearly so
@@ -83,10 +84,6 @@ def checkpoint_blocks(gpt: nn.Module, reentrant: bool) -> None:
         def again(*args: Any, forward: Callable[..., Any] = block.forward) -> Any:
             return checkpoint(forward, *args, use_reentrant=reentrant)
         block.forward = again
-
-
-def loss_of(result: Any) -> Tensor:
-    return result if isinstance(result, Tensor) else result.loss
 
 
 # ---- activation checkpointing ----------------------------------------------------------------------------------------

@@ -11,15 +11,17 @@ from hosts import fingerprint, nano_gpt, reference, tiny_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patches import Eyes, Patches
-from test_model import IDX, TARGETS, ears, logits_of, trained, waves
+from test_model import IDX, TARGETS, ears, trained, waves
 from torch import Tensor
 
 from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender
+from omni_adapters.anatomy import logits_of
 from omni_adapters.checkpoint import load_adapter
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
 from omni_adapters.model_card import model_card
 from omni_adapters.shapes import BadInput
+from omni_adapters.training.validation import loss_of
 
 P, Q = 60, 61  # placeholder ids of sound and of images, in no prompt
 BOTH = {"audio": P, "image": Q}
@@ -46,10 +48,6 @@ def by_hand(omni: OmniGPT, sound: list[Tensor], sights: list[Tensor]) -> dict[in
     image = omni.image_encoder
     return {P: omni.projector(omni.encoder(omni.encoder.preprocess(sound))),
             Q: omni.image_projector(image(image.preprocess(sights)))}
-
-
-def loss_of(result: Any) -> Tensor:
-    return result if isinstance(result, Tensor) else result[1] if type(result) is tuple else result.loss
 
 
 MIXED = torch.tensor([[1, P, 2, Q, 3], [Q, 4, Q, 5, P]])

@@ -16,14 +16,15 @@ from omni_adapters.shapes import BadInput, shape
 LEAST = 32  # steps of text or sound: shorter buckets would save less than a compilation costs
 
 
+def next_power(size: int, least: int = 1) -> int:
+    """The smallest of 1, 2, 4, 8, … that is neither below `size` nor below `least`."""
+    return 1 << (max(size, least) - 1).bit_length()
+
+
 def bucket(size: int, least: int = 1) -> int:
     """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is neither below `size` nor below `least`."""
-    power = 1 << max(0, max(size, least) - 1).bit_length()
+    power = next_power(size, least)
     return power * 3 // 4 if power >= 4 and max(size, least) <= power * 3 // 4 else power
-
-
-def next_power(size: int, least: int = 1) -> int:
-    return 1 << (max(size, least) - 1).bit_length()
 
 
 def to_bucket(features: Features, idx: Tensor, targets: Tensor, *, stack: int = 1,
