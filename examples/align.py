@@ -70,7 +70,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[OmniGPT, Turn
     """The frozen GPT with a new projector before it, and how its rows are written."""
     gpt, tokenizer = open_host(*host_of(args), device)
     turns = Turns(tokenizer, args.form, args.question)
-    encoder = open_encoder(args.encoder, device, args.context)
+    encoder = open_encoder(args.encoder, device, args.context, args.layer)
     torch.manual_seed(args.seed)
     projector = Projector(encoder.d_model, discover_anatomy(gpt).n_embd, args.hidden, stack=args.stack,
                           zero_init=not args.no_zero_init).to(device)

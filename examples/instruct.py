@@ -75,7 +75,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[OmniGPT, Turn
     """The GPT with stage 1's ears and LoRA that changes nothing yet, or with the ears and LoRA of an earlier stage 2."""
     gpt, tokenizer = open_host(*host_of(args), device)
     turns = Turns(tokenizer, args.form, args.question)
-    omni = OmniGPT.load_adapter(args.adapter, gpt, encoder=open_encoder(args.encoder, device, args.context))
+    omni = OmniGPT.load_adapter(args.adapter, gpt, encoder=open_encoder(args.encoder, device, args.context, args.layer))
     if omni.prepender.insert_at != turns.insert_at:
         raise BadInput("instruct", f"--form {args.form}, whose sound stands at {turns.insert_at}",
                        f"{omni.prepender.insert_at}, where {args.adapter} was trained to hear it", "take the form of stage 1")

@@ -21,7 +21,7 @@ from omni_adapters.data.shard_format import DTYPES
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.shapes import BadInput, MissingExtra
 from omni_adapters.step_counts import ENCODERS
-from omni_adapters.training.options import add_context_option
+from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_layer_option
 from omni_adapters.training.sources import identity, open_encoder
 
 
@@ -42,8 +42,9 @@ def parser() -> argparse.ArgumentParser:
     extract = commands.add_parser("extract", help="run a frozen encoder once over a manifest, into feature shards",
                                   description="Run again, it goes on where it was stopped. Under torchrun ranks share the work.")
     extract.add_argument("--manifest", type=Path, required=True, help='JSON Lines: {"audio": path, "text": …, "seconds": …}')
-    extract.add_argument("--encoder", required=True, help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id")
+    extract.add_argument("--encoder", required=True, help=ENCODER_HELP)
     add_context_option(extract)
+    add_layer_option(extract)
     extract.add_argument("--out", type=Path, required=True, help="folder of the shards")
     extract.add_argument("--samples-per-shard", type=int, default=256, help="clips in a tar file (default %(default)s)")
     extract.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the features (default %(default)s)")
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--max-seconds", type=float, default=600.0, help="longest clip to decode (default %(default)s)")
     extract.add_argument("--skip-bad", action="store_true", help="store clips that cannot be encoded as skipped, with the "
                          "reason, and go on; a folder begun without this keeps what is finished")
-    extract.add_argument("--device", default="cpu", help="where Whisper runs (default %(default)s); cuda is cuda:LOCAL_RANK")
+    extract.add_argument("--device", default="cpu", help="where the encoder runs (default %(default)s); cuda is cuda:LOCAL_RANK")
     extract.set_defaults(run=run_extract)
     add_cost(commands.add_parser("cost", help="what a training step takes: time, memory, price; computed, nothing runs",
                                  description="Computed from counted FLOPs and bytes, for one micro-batch on each GPU."))
@@ -84,7 +85,7 @@ def run_extract(args: argparse.Namespace) -> None:
     rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = read_manifest(args.manifest)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    encoder = open_encoder(args.encoder, device, args.context)
+    encoder = open_encoder(args.encoder, device, args.context, args.layer)
     out = write_shards(rows, encoder, args.out, description=identity(encoder), samples_per_shard=args.samples_per_shard,
                        dtype=DTYPES[args.dtype], batch_seconds=args.batch_seconds, max_seconds=args.max_seconds,
                        on_bad="skip" if args.skip_bad else "refuse", rank=rank, num_ranks=num_ranks)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.collective import is_sharded, whole
+from omni_adapters.encoders.hf_speech import HFSpeechEncoder
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.prepender import SoftTokenPrepender
@@ -47,7 +48,7 @@ def describe_host(prepender: SoftTokenPrepender, sha256: Digest) -> dict[str, An
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     """What it is, where it came from, and a digest of its weights, None where it has none; its rates where it hears;
-    `dtype` where that is not float32, and a Whisper's `context` and `long` where they are not the defaults."""
+    `dtype` where that is not float32, and the settings of a Whisper or an HFSpeechEncoder where they are not the defaults."""
     parameters = list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
     weights = encoder.state_dict() if isinstance(encoder, nn.Module) and parameters else {}
     source = getattr(encoder, "source", None)
@@ -55,7 +56,7 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
                                  "d_model": encoder.d_model, "sha256": digest(weights) if weights else None}
     if isinstance(encoder, AudioEncoder):
         described |= {"frame_rate": float(encoder.frame_rate), "sampling_rate": encoder.sampling_rate}
-    if isinstance(encoder, WhisperEncoder):
+    if isinstance(encoder, WhisperEncoder | HFSpeechEncoder):
         described |= encoder.settings()
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
     return described if dtypes <= {"float32"} else described | {"dtype": ", ".join(sorted(dtypes))}

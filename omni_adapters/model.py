@@ -26,9 +26,9 @@ from omni_adapters.anatomy import plain_name, unwrap
 from omni_adapters.checkpoint import load_adapter, save_adapter
 from omni_adapters.collective import on_first_rank, whole
 from omni_adapters.descriptions import check_same
+from omni_adapters.encoders import hf_speech, whisper
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
-from omni_adapters.encoders.whisper import SETTINGS, WhisperEncoder
 from omni_adapters.features import Features
 from omni_adapters.fingerprints import Digest, describe_encoder, describe_host
 from omni_adapters.head_loss import LossForm
@@ -46,8 +46,10 @@ Waveforms = Sequence["Tensor | np.ndarray | None"]
 
 ENCODERS: dict[str, Callable[[str | None, torch.dtype, dict[str, Any]], AudioEncoder]] = {
     "LogMelEncoder": lambda source, dtype, settings: LogMelEncoder(),
-    "WhisperEncoder": lambda source, dtype, settings: WhisperEncoder(source, dtype=dtype, **settings),
+    "WhisperEncoder": lambda source, dtype, settings: whisper.WhisperEncoder(source, dtype=dtype, **settings),
+    "HFSpeechEncoder": lambda source, dtype, settings: hf_speech.HFSpeechEncoder(source or "", dtype=dtype, **settings),
 }
+SETTINGS = {"WhisperEncoder": whisper.SETTINGS, "HFSpeechEncoder": hf_speech.SETTINGS}  # of a description that an encoder takes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SAVED = {"host", "encoder", "projector", "value_embeds", "insert_at", "placeholders", "lora"}  # keys of a description
 RATES = {  # AdamW learning rates that the field uses: LLaVA (arXiv:2304.08485) for the projector, its LoRA recipe beside it
@@ -316,6 +318,7 @@ class OmniGPT(nn.Module):
                 side.pop("source", None)  # the same weights may come from another place
                 side.pop("dtype", None)   # the digest knows it
                 side.pop("long", None)    # which clips are refused, not what is heard in others
+                side.pop("max_seconds", None)
                 if any_weights:
                     side.pop("sha256", None)
             check_same(where, theirs, here)
@@ -406,7 +409,8 @@ def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
     name = saved.get("dtype", "float32")
     if name not in DTYPES:
         raise BadInput(where, f"an encoder in {name!r:.40}", f"one in {', '.join(DTYPES)}", "pass the encoder itself")
-    return ENCODERS[saved["type"]](saved["source"], DTYPES[name], {name: saved[name] for name in SETTINGS if name in saved})
+    settings = {name: saved[name] for name in SETTINGS.get(saved["type"], ()) if name in saved}
+    return ENCODERS[saved["type"]](saved["source"], DTYPES[name], settings)
 
 
 def short_window(gpt: nn.Module) -> int | None:

@@ -10,16 +10,15 @@ Notable:
   those of "full", where every frame attends to the silence too: an adapter belongs to one of the two
 - either way a clip's mel frames are the same: the waveform is padded with silence, never the mel
 - sound over 30 s is cut every 30 s, each chunk encoded alone, as a clip of its own; "full" does so only when asked
+- any hidden layer, or several side by side: layers above the highest one asked for are dropped, and cost nothing
 
 Whisper: Radford et al. 2022, arXiv:2212.04356.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,15 +26,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omni_adapters.encoders.pretrained import (
+    REQUIRED_FILES,
+    Layer,
+    check_names,
+    copies,
+    read_object,
+    read_tensors,
+    recorded_layers,
+    refusing,
+    selected_layers,
+)
 from omni_adapters.encoders.protocol import check_waveforms
-from omni_adapters.encoders.weights import fetch_weights, weight_files
+from omni_adapters.encoders.weights import fetch_weights
 from omni_adapters.encoders.whisper_chunks import CONV_STRIDE, Chunk, encode_batches, encode_clips, num_frames, plan, similar
 from omni_adapters.features import Features
-from omni_adapters.shapes import BadInput, listing, shape
+from omni_adapters.shapes import BadInput, shape
 
 DEFAULT_ID = "openai/whisper-base"
-REQUIRED_FILES = ("config.json", "preprocessor_config.json")
-AGAIN = "fetch the directory again, as a whole"
 EDGE_HOPS = 2  # of silence after a clip: frames reach 200 samples beyond the last one, as they do where 30 s are padded
 WAYS_OUT = (
     "Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors, "
@@ -46,7 +54,7 @@ WAYS_OUT = (
 Context = Literal["full", "clip"]
 Long = Literal["refuse", "chunk"]
 DEFAULT_LONG: dict[Context, Long] = {"full": "refuse", "clip": "chunk"}
-SETTINGS = ("context", "long")  # arguments that decide the features, and which clips have any
+SETTINGS = ("context", "long", "layer")  # arguments that decide the features, and which clips have any
 
 
 class WhisperEncoder(nn.Module):
@@ -64,27 +72,39 @@ class WhisperEncoder(nn.Module):
              apart, and their frames stand in one row, in order, nothing dropped. None is "refuse" for "full", "chunk" for
              "clip".
     max_chunks: chunks of 30 s encoded at once, padding included, for "clip" and for what is cut: it bounds memory.
+    layer:   which hidden states the features are, numbered as transformers' `hidden_states`: 0 is what the convolutions and
+             positions make, i what the i-th layer returns, and the last one of them is normed by the encoder's final norm, so it
+             is the last hidden state. Negative numbers count from the end. None: the last hidden state. Several, or "all",
+             stand side by side in the width, first the channels of the first one asked for.
 
-    Attributes: `source` says where the weights came from; `n_mels` and `d_model` are the checkpoint's.
+    Attributes: `source` says where the weights came from; `n_mels` and `width` (of one layer) are the checkpoint's;
+    `num_layers` counts the layers that the features hold, `d_model` = num_layers · width.
     Raises WeightsUnavailable when no place has the weights, BadInput when what is there is no Whisper checkpoint.
     """
 
     def __init__(self, source: str | os.PathLike[str] | None = None, *, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None, context: Context = "full", long: Long | None = None,
-                 max_chunks: int = 16) -> None:
+                 max_chunks: int = 16, layer: Layer = None) -> None:
         super().__init__()
         check_settings(context, long, max_chunks)
         self.context: Context = context
         self.long: Long = long or DEFAULT_LONG[context]
         self.max_chunks = max_chunks
         directory, self.source = fetch_weights("WhisperEncoder", candidates(source), REQUIRED_FILES, WAYS_OUT)
-        self.encoder = load_encoder(directory, dtype or torch.float32).to(device or "cpu")
+        encoder = load_encoder(directory, dtype or torch.float32)
+        self.num_hidden_layers: int = encoder.config.encoder_layers
+        self.layers = selected_layers("WhisperEncoder", layer, self.num_hidden_layers)
+        if self.layers is not None:
+            encoder.layers = encoder.layers[:max(self.layers)]
+        self.encoder = encoder.to(device or "cpu")
         self.extractor = load_extractor(directory, self.encoder.config)
         self.sampling_rate: int = self.extractor.sampling_rate                                  # Hz
         self.hop_length: int = self.extractor.hop_length                                        # samples per mel frame
         self.frame_rate: float = self.sampling_rate / (self.hop_length * CONV_STRIDE)           # Hz
         self.n_mels: int = self.encoder.config.num_mel_bins
-        self.d_model: int = self.encoder.config.d_model
+        self.width: int = self.encoder.config.d_model
+        self.num_layers: int = len(self.layers or (-1,))
+        self.d_model: int = self.num_layers * self.width
         self.chunk_frames: int = self.encoder.config.max_source_positions * CONV_STRIDE         # mel frames in 30 s
         self.requires_grad_(False)
         self.eval()
@@ -93,10 +113,11 @@ class WhisperEncoder(nn.Module):
         """Stays in eval whatever a parent asks: dropout in a frozen encoder would only be noise on the features."""
         return super().train(False)
 
-    def settings(self) -> dict[str, str]:
-        """`context` and `long` where they are not the defaults: what an adapter or a shard says of them."""
-        return {name: value for name, value, default in (("context", self.context, "full"),
-                                                         ("long", self.long, DEFAULT_LONG[self.context])) if value != default}
+    def settings(self) -> dict[str, Any]:
+        """`context`, `long` and `layer` where they are not the defaults: what an adapter or a shard says of them."""
+        named = {name: value for name, value, default in (("context", self.context, "full"),
+                                                          ("long", self.long, DEFAULT_LONG[self.context])) if value != default}
+        return named | recorded_layers(self.layers, self.num_hidden_layers)
 
     def preprocess(self, waveforms: Sequence[Tensor | np.ndarray]) -> Features:
         """16 kHz mono clips → values (B, n_mels, T_mel) float32 on the CPU, lens (B,) = ceil(samples / 160) in mel frames.
@@ -162,7 +183,7 @@ class WhisperEncoder(nn.Module):
         if self.context == "full" and mel.size(2) == self.chunk_frames:
             if lens.device.type == "cpu" and not torch.compiler.is_compiling():
                 read_lens(mel, lens)
-            values = self.encoder(mel).last_hidden_state
+            values = self.encode_full(mel)
         else:
             values = self.encode(mel, plan(read_lens(mel, lens), self.chunk_frames))
         return Features(values, num_frames(lens).to(values.device))
@@ -171,10 +192,17 @@ class WhisperEncoder(nn.Module):
         """Chunks of mel (B, n_mels, T_mel), at most `max_chunks` times 30 s at once → (B, ceil(T_mel / 2), d_model)."""
         if self.context == "clip":
             batches = similar(chunks, self.max_chunks * self.chunk_frames)
-            return encode_batches(mel, batches, self.d_model, lambda cut, lens: encode_clips(self.encoder, cut, lens))
+            return encode_batches(mel, batches, self.d_model,
+                                  lambda cut, lens: encode_clips(self.encoder, cut, lens, self.layers))
         batches = [chunks[start:start + self.max_chunks] for start in range(0, len(chunks), self.max_chunks)]
-        return encode_batches(mel, batches, self.d_model, lambda cut, lens: self.encoder(cut).last_hidden_state,
-                              width=self.chunk_frames)
+        return encode_batches(mel, batches, self.d_model, lambda cut, lens: self.encode_full(cut), width=self.chunk_frames)
+
+    def encode_full(self, mel: Tensor) -> Tensor:
+        """mel (B, n_mels, 3000) → (B, 1500, d_model), every frame attending to all 30 s."""
+        if self.layers is not None:
+            return encode_clips(self.encoder, mel, [mel.size(2)] * mel.size(0), self.layers)
+        values: Tensor = self.encoder(mel).last_hidden_state
+        return values
 
     def check_mel(self, mel: Tensor, lens: Tensor) -> None:
         frames = self.chunk_frames
@@ -220,68 +248,27 @@ def candidates(source: str | os.PathLike[str] | None) -> list[str | Path]:
 def load_encoder(directory: Path, dtype: torch.dtype) -> Any:
     """transformers' WhisperEncoder with the checkpoint's encoder tensors, cast to dtype, on the CPU.
 
-    Names and shapes must match exactly: from_pretrained would fill a gap with random numbers and a warning.
+    Names and shapes must match exactly.
     """
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as Encoder
 
-    found = read_object(directory / "config.json").get("model_type")
+    found = read_object("WhisperEncoder", directory / "config.json").get("model_type")
     if found != "whisper":
         raise BadInput("WhisperEncoder", f"a checkpoint of type {found!r} in {directory}", "model_type 'whisper'")
-    with refusing(directory / "config.json"), torch.device("meta"):  # no time and no random numbers for weights replaced below
+    with refusing("WhisperEncoder", directory / "config.json"), torch.device("meta"):  # weights replaced below cost no time
         config = WhisperConfig.from_pretrained(directory, local_files_only=True)
         encoder = Encoder(config)
-    tensors = read_encoder_tensors(directory)
+    tensors = read_tensors("WhisperEncoder", directory, encoder_name)
     check_names("WhisperEncoder", directory, encoder.state_dict(), tensors)
-    # Copies: what safe_open returns is the mapped file itself, gone when somebody truncates it.
-    encoder.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
+    encoder.load_state_dict(copies(tensors, dtype), assign=True)
     return encoder
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a checkpoint's file."""
-    with refusing(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise BadInput("WhisperEncoder", f"{path} with a JSON {type(found).__name__}", "a JSON object", AGAIN)
-    return found
-
-
-@contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Inside, whatever json and transformers make of a file they cannot use becomes BadInput that names it."""
-    try:
-        yield
-    except Exception as error:  # transformers raises ValueError, TypeError, KeyError, its validators their own
-        raise BadInput("WhisperEncoder", f"{path}, which does not load ({type(error).__name__}: {error!s:.200})",
-                       "a Whisper checkpoint's file", AGAIN) from error
-
-
-def read_encoder_tensors(directory: Path) -> dict[str, Tensor]:
-    """The checkpoint's tensors under `encoder.` (WhisperModel) or `model.encoder.` (with a language-model head)."""
-    from safetensors import SafetensorError, safe_open
-
-    tensors = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118, a safetensors file is not a dict
-                    name = key.removeprefix("model.")
-                    if name.startswith("encoder."):
-                        tensors[name.removeprefix("encoder.")] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise BadInput("WhisperEncoder", f"{path}, which does not read ({error})", "a whole safetensors file",
-                           "delete it and fetch it again") from error
-    return tensors
-
-
-def check_names(where: str, directory: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Refuse tensors that are missing, unknown, or of another shape than the config in the same directory implies."""
-    wrong = [name for name, tensor in expected.items() if name not in found or found[name].shape != tensor.shape]
-    wrong += [name for name in found if name not in expected]
-    if wrong:
-        raise BadInput(where, f"a checkpoint in {directory} that disagrees with its config on {listing(wrong)}",
-                       f"the {len(expected)} encoder tensors of that config", AGAIN)
+def encoder_name(key: str) -> str | None:
+    """Encoder tensors stand under `encoder.` (WhisperModel) or `model.encoder.` (with a language-model head)."""
+    name = key.removeprefix("model.")
+    return name.removeprefix("encoder.") if name.startswith("encoder.") else None
 
 
 def load_extractor(directory: Path, config: Any) -> Any:
@@ -289,8 +276,8 @@ def load_extractor(directory: Path, config: Any) -> Any:
     from transformers import WhisperFeatureExtractor
 
     path = directory / "preprocessor_config.json"
-    read_object(path)
-    with refusing(path):
+    read_object("WhisperEncoder", path)
+    with refusing("WhisperEncoder", path):
         extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
         makes = extractor.feature_size, extractor.nb_max_frames
     takes = config.num_mel_bins, config.max_source_positions * CONV_STRIDE

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni_adapters.encoders.pretrained import side_by_side
+
 CONV_STRIDE = 2  # mel frames per encoder frame, the stride of the second convolution
 
 
@@ -68,23 +70,35 @@ def encode_batches(mel: Tensor, batches: Sequence[Sequence[Chunk]], d_model: int
     return values
 
 
-def encode_clips(encoder: Any, mel: Tensor, lens: Sequence[int]) -> Tensor:
+def encode_clips(encoder: Any, mel: Tensor, lens: Sequence[int], layers: Sequence[int] | None = None) -> Tensor:
     """transformers' Whisper encoder over mel (B, n_mels, T ≤ 3000), of which row b has lens[b] ≥ 1 frames.
 
         x = gelu(conv2(gelu(conv1(mel)))) + positions[:ceil(T / 2)];  x = layer(x), keys beyond lens masked;  layer_norm(x)
 
-    Returns (B, ceil(T / 2), d_model); frames beyond ceil(lens / 2) mean nothing. Rows without padding need no mask.
+    layers: numbers of hidden states, as in transformers; None is the last.
+
+    Returns (B, ceil(T / 2), width), or the layers side by side; frames beyond ceil(lens / 2) mean nothing. Rows without padding
+    need no mask.
     """
     sizes = torch.tensor(lens, device=mel.device) if min(lens) < mel.size(2) else None
     values = F.gelu(encoder.conv1(cleared(mel, sizes)))
-    values = F.gelu(encoder.conv2(cleared(values, sizes))).transpose(1, 2)  # (B, T_enc, d_model)
+    values = F.gelu(encoder.conv2(cleared(values, sizes))).transpose(1, 2)  # (B, T_enc, width)
     hidden = values + encoder.embed_positions.weight[:values.size(1)]
     mask = None if sizes is None else key_mask(num_frames(sizes), hidden)
-    for layer in encoder.layers:
-        hidden = layer(hidden, attention_mask=mask)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # transformers 5.0 returns attention weights beside it
-    normed: Tensor = encoder.layer_norm(hidden)
-    return normed
+    layers = (encoder.config.encoder_layers,) if layers is None else layers
+    return side_by_side(hidden_states(encoder, hidden, mask, layers), layers)
+
+
+def hidden_states(encoder: Any, hidden: Tensor, mask: Tensor | None, layers: Sequence[int]) -> dict[int, Tensor]:
+    """What enters the first layer (B, T_enc, width) → the hidden states with these numbers. Higher layers do not run."""
+    found = {}
+    for number in range(max(layers) + 1):
+        if number:
+            hidden = encoder.layers[number - 1](hidden, attention_mask=mask)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # transformers 5.0 returns attention weights beside it
+        if number in layers:
+            found[number] = encoder.layer_norm(hidden) if number == encoder.config.encoder_layers else hidden
+    return found
 
 
 def cleared(values: Tensor, lens: Tensor | None) -> Tensor:

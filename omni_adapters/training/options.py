@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from omni_adapters.encoders.pretrained import Layer
 from omni_adapters.encoders.whisper import Context
 from omni_adapters.head_loss import FORMS
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.trackers import OPENERS
 
+ENCODER_HELP = "log_mel, or a Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0: a directory, an id, hf:id or ms:id"
 # Options that may change when a run is resumed: they decide where and how fast it goes, not what comes out.
 FREE = {"out", "device", "engine", "workers", "track", "save_every", "keep", "push", "adapter"}
 
@@ -35,8 +37,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("sound")
     data.add_argument("--train", type=Path, required=True, help="feature shards (a folder) or a manifest (JSON Lines)")
     data.add_argument("--valid", type=Path, required=True, help="the same, of clips never trained on")
-    data.add_argument("--encoder", default="log_mel", help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id")
+    data.add_argument("--encoder", default="log_mel", help=ENCODER_HELP)
     add_context_option(data)
+    add_layer_option(data)
     data.add_argument("--form", choices=("chat", "plain"), default="chat", help="how a row is written (training/turns.py)")
     data.add_argument("--question", default="", help="asked after the sound where a row has no question of its own")
     data.add_argument("--max-tokens", type=int, default=12_000, help="feature frames in a micro-batch, padding included")
@@ -46,6 +49,22 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_context_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--context", choices=get_args(Context), default="full", help="what Whisper hears: clips padded to 30 s "
                         "(full), or as long as they are, those over 30 s in chunks (clip)")
+
+
+def add_layer_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--layer", type=parse_layer, help="hidden states of the encoder: 7, -1 for the last one, 3,7,11 or all "
+                        "side by side; without, its output")
+
+
+def parse_layer(text: str) -> Layer:
+    """"7" → 7, "3,7,11" → (3, 7, 11), "all" → "all"; an error of argparse for anything else."""
+    if text == "all":
+        return "all"
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no layer: a number, several with commas between, or all") from error
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
@@ -85,9 +104,9 @@ def deciding(args: argparse.Namespace, **identities: Any) -> dict[str, Any]:
     """What a run's result follows from, as JSON values: the options that decide, and `identities` of GPT, encoder and data.
 
     Paths are left out, since the same data may lie elsewhere tomorrow; the identities stand for them, and for the encoder's
-    context.
+    context and layer.
     """
-    identified = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder", "context"}
+    identified = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder", "context", "layer"}
     options = {name: value for name, value in vars(args).items() if name not in FREE | identified}
     return {"options": options, **identities}
 

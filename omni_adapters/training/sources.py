@@ -14,24 +14,44 @@ from omni_adapters.data.epochs import evenly
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.descriptions import differences
+from omni_adapters.encoders.hf_speech import FAMILIES, HFSpeechEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.pretrained import REQUIRED_FILES, WAYS_OUT, Layer, read_object
 from omni_adapters.encoders.protocol import AudioEncoder
+from omni_adapters.encoders.weights import fetch_weights
 from omni_adapters.encoders.whisper import Context, WhisperEncoder
 from omni_adapters.features import Features
 from omni_adapters.fingerprints import describe_encoder
 from omni_adapters.shapes import BadInput, listing
 
 
-def open_encoder(name: str, device: torch.device | str = "cpu", context: Context = "full") -> AudioEncoder:
-    """`log_mel`, or what WhisperEncoder takes: a directory, an id, hf:id or ms:id.
+def open_encoder(name: str, device: torch.device | str = "cpu", context: Context = "full", layer: Layer = None) -> AudioEncoder:
+    """`log_mel`, or a checkpoint of Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0, whichever its config.json says: a
+    directory, an id, hf:id or ms:id.
 
-    context: a Whisper's. Log-mel frames are of the clip alone in any case; BadInput for them with "clip".
+    context: a Whisper's. Other encoders hear the clip alone in any case; BadInput for them with "clip".
+    layer:   hidden states of an encoder with weights, as in WhisperEncoder and HFSpeechEncoder; BadInput for log_mel.
     """
-    if name != "log_mel":
-        return WhisperEncoder(name, device=device, context=context)
+    kind = name if name == "log_mel" else model_type(name)
+    if kind == "whisper":
+        return WhisperEncoder(name, device=device, context=context, layer=layer)
     if context != "full":
-        raise BadInput("open_encoder", f"log_mel with context {context!r}", "a Whisper", "leave --context out")
+        raise BadInput("open_encoder", f"{kind} with context {context!r}", "a Whisper", "leave --context out")
+    if kind != "log_mel":
+        return HFSpeechEncoder(name, device=device, layer=layer)
+    if layer is not None:
+        raise BadInput("open_encoder", f"log_mel with layer {layer!r:.40}", "an encoder with layers", "leave --layer out")
     return LogMelEncoder().to(device)
+
+
+def model_type(name: str) -> str:
+    """What config.json calls the checkpoint; its files are fetched if need be, once for this and for the encoder."""
+    directory, _ = fetch_weights("open_encoder", [name], REQUIRED_FILES, WAYS_OUT)
+    found = read_object("open_encoder", directory / "config.json").get("model_type")
+    if found != "whisper" and found not in FAMILIES:
+        raise BadInput("open_encoder", f"a checkpoint of type {found!r:.60} in {directory}",
+                       f"model_type {', '.join(map(repr, ['whisper', *FAMILIES]))}")
+    return str(found)
 
 
 def open_source(path: str | os.PathLike[str], encoder: AudioEncoder) -> ClipSource:
@@ -45,8 +65,8 @@ def open_source(path: str | os.PathLike[str], encoder: AudioEncoder) -> ClipSour
     changed = differences({"encoder": reader.config["description"]}, {"encoder": identity(encoder)})
     if changed:
         raise BadInput(f"open_source({os.fspath(path)})", f"shards of another encoder ({listing(changed, len(changed))})",
-                       "shards of the encoder in use", "name the one they were extracted with as --encoder, with its --context, "
-                       "or extract again")
+                       "shards of the encoder in use", "name the one they were extracted with as --encoder, with its --context "
+                       "and --layer, or extract again")
     return MelShards(reader) if isinstance(encoder, LogMelEncoder) else reader
 
 
