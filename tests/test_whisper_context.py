@@ -406,8 +406,97 @@ def test_an_encoder_is_opened_by_name_and_context(checkpoint):
 
 def test_a_run_of_before_the_option_goes_on(full):
     """The encoder's identity tells the context; among the options a run folder's record has no word of it."""
-    args = SimpleNamespace(encoder="x", context="full", steps=3)
+    args = SimpleNamespace(encoder="x", context="full", layer=None, steps=3)
     assert deciding(args, encoder={}) == {"options": {"steps": 3}, "encoder": {}}
+
+
+# ---- layers -----------------------------------------------------------------------------------------------------------------
+
+SELECTIONS = [(0, [0]), (1, [1]), (2, [2]), (-1, [2]), (-3, [0]), ((2, 0), [2, 0]), ((1,), [1]), ("all", [0, 1, 2])]
+
+
+@pytest.mark.parametrize("layer, numbers", SELECTIONS)
+def test_hidden_layers_are_those_of_transformers_bit_for_bit(checkpoint, layer, numbers):
+    """The last of them is normed, as the last hidden state is."""
+    from transformers import WhisperModel
+
+    encoder = WhisperEncoder(checkpoint, layer=layer)
+    inputs = encoder.preprocess([sound(48_000), sound(LIMIT, seed=1)])
+    with torch.no_grad():
+        theirs = WhisperModel.from_pretrained(checkpoint).eval().encoder(inputs.values, output_hidden_states=True)
+    assert len(theirs.hidden_states) == 3 and torch.equal(theirs.hidden_states[2], theirs.last_hidden_state)
+    came = encoder(inputs)
+    assert torch.equal(came.values, torch.cat([theirs.hidden_states[number] for number in numbers], dim=-1))
+    assert (encoder.num_layers, encoder.width, encoder.d_model) == (len(numbers), 64, 64 * len(numbers))
+    assert came.lens.tolist() == [150, 1500]
+
+
+def test_without_a_layer_there_is_one_and_its_width(full):
+    assert (full.num_layers, full.width, full.d_model) == (1, 64, 64)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=5))
+def test_layers_of_a_row_in_a_ragged_batch_are_those_of_the_clip_alone(every, lens):
+    """Each layer against the equation's, which never saw a batch."""
+    values = torch.full((len(lens), 80, max(lens)), float("nan"), dtype=torch.float64)
+    clips = [mel_of(80, length, seed=seed) for seed, length in enumerate(lens)]
+    for row, clip in zip(values, clips):
+        row[:, :clip.size(1)] = clip
+    batch = every(Features(values, torch.tensor(lens)))
+    for came, clip, length in zip(batch.values, clips, lens):
+        alone = every(Features(clip[None], torch.tensor([length]))).values[0]
+        close(came[:len(alone)], alone)
+        assert not came[len(alone):].any()
+
+
+@pytest.fixture(scope="module")
+def every(checkpoint: Path) -> WhisperEncoder:
+    return WhisperEncoder(checkpoint, context="clip", layer="all", dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_each_layer_equals_the_equation(exact, every):
+    mel, count = mel_of(80, 177), len(exact.encoder.layers)
+    came = every(Features(mel[None], torch.tensor([177]))).values[0]
+    for number in range(count + 1):
+        twin = SimpleNamespace(conv1=exact.encoder.conv1, conv2=exact.encoder.conv2, layers=exact.encoder.layers[:number],
+                               embed_positions=exact.encoder.embed_positions,
+                               layer_norm=exact.encoder.layer_norm if number == count else torch.nn.Identity())
+        close(came[:, 64 * number:64 * (number + 1)], by_hand(twin, mel))
+
+
+@pytest.mark.parametrize("options", [{"context": "clip"}, {"long": "chunk"}])
+def test_layers_of_long_sound_are_those_of_its_chunks(checkpoint, options):
+    encoder, samples = WhisperEncoder(checkpoint, layer=(2, 1), **options), sound(31 * RATE)
+    came = encoder(encoder.preprocess([samples]))
+    assert came.lens.tolist() == [1550] and came.values.size(2) == 128
+    apart = [encoder(encoder.preprocess([piece])) for piece in samples.split(LIMIT)]
+    close(came.values[0, :1550], torch.cat([values[0, :lens[0]] for values, lens in apart]))
+
+
+@pytest.mark.parametrize("layer, held", [(0, 0), (1, 1), ((1, 0), 1), (2, 2), ("all", 2), (None, 2)])
+def test_layers_above_the_highest_are_dropped(checkpoint, layer, held):
+    assert len(WhisperEncoder(checkpoint, layer=layer).encoder.layers) == held
+
+
+@pytest.mark.parametrize("layer", [3, -4, True, "1", (), (1, 1), (0, -3), 1.0, [0, None]])
+def test_layers_that_are_none_are_refused(checkpoint, layer):
+    with pytest.raises(BadInput, match=r"WhisperEncoder: got layer .*different numbers from 0 to 2.*-1 is 2"):
+        WhisperEncoder(checkpoint, layer=layer)
+
+
+def test_an_adapter_belongs_to_its_layer(checkpoint, full, tmp_path):
+    for layer, told in ((-2, 1), ((0, 2), [0, 2]), ("all", "all"), ([0, 1, 2], "all")):
+        encoder = WhisperEncoder(checkpoint, layer=layer)
+        assert encoder.settings() == {"layer": told}
+        omni = ears(encoder)
+        omni.save_adapter(tmp_path / "a")
+        again = OmniGPT.load_adapter(tmp_path / "a", reference())
+        assert again.encoder.layers == encoder.layers and torch.equal(logits(again), logits(omni))
+    ears(WhisperEncoder(checkpoint, layer=1)).save_adapter(tmp_path / "a")
+    with pytest.raises(BadInput, match=r"encoder\.layer: saved 1, here nothing"):
+        OmniGPT.load_adapter(tmp_path / "a", reference(), encoder=full, any_weights=True)
 
 
 # ---- the benchmark ----------------------------------------------------------------------------------------------------------

@@ -359,9 +359,9 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
 
     where, path = "HFSpeechEncoder", directory / "config.json"
     found = read_object(where, path).get("model_type")
-    if found not in FAMILIES:
-        raise BadInput(where, f"a checkpoint of type {found!r} in {directory}", f"model_type {', '.join(map(repr, FAMILIES))}",
-                       "Whisper has a WhisperEncoder" if found == "whisper" else "")
+    if not isinstance(found, str) or found not in FAMILIES:
+        raise BadInput(where, f"a checkpoint of type {found!r:.60} in {directory}",
+                       f"model_type {', '.join(map(repr, FAMILIES))}", "Whisper has a WhisperEncoder" * (found == "whisper"))
     # What is on "meta" takes no time and no memory; transformers draws one vector elsewhere, from the global generator.
     with refusing(where, path), torch.random.fork_rng(devices=[]), torch.device("meta"):
         config = getattr(transformers, FAMILIES[found].config).from_pretrained(directory, local_files_only=True)

@@ -23,8 +23,8 @@ from omni_adapters.shapes import BadInput, listing
 Layer = int | Sequence[int] | Literal["all"] | None
 REQUIRED_FILES = ("config.json", "preprocessor_config.json")
 AGAIN = "fetch the directory again, as a whole"
-WAYS_OUT = ("Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors; point HF_ENDPOINT or "
-            "MODELSCOPE_ENDPOINT at a mirror that answers, in the environment of the process.")
+WAYS_OUT = ("Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors; point "
+            "HF_ENDPOINT or MODELSCOPE_ENDPOINT at a mirror that answers, in the environment of the process.")
 
 
 def selected_layers(where: str, layer: Layer, num_hidden_layers: int) -> tuple[int, ...] | None:
