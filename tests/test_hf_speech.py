@@ -297,9 +297,12 @@ def test_long_clips_are_refused_unless_allowed(checkpoint):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_layers_are_those_of_transformers_bit_for_bit(checkpoint, opened, kind):
     clip = sound(6_000)
-    theirs = by_transformers(checkpoint(kind), [clip]).hidden_states
+    out = by_transformers(checkpoint(kind), [clip])
+    theirs, normed = out.hidden_states, kind in LAYERED and torch.equal(out.hidden_states[-1], out.last_hidden_state)
     assert len(theirs) == 4
     for layer, numbers in ((0, [0]), (2, [2]), (-1, [3]), (-3, [1]), ((2, 0), [2, 0]), ("all", [0, 1, 2, 3])):
+        if normed and 3 in numbers:  # transformers 5.0 norms the last one; test_the_last_layer_… knows what it is here
+            continue
         encoder = opened(kind, layer=layer)
         came = encoder(encoder.preprocess([clip])).values
         assert (encoder.num_layers, encoder.width, encoder.d_model) == (len(numbers), 32, 32 * len(numbers))
