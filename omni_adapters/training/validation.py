@@ -14,11 +14,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from omni_adapters.data.clips import ClipSource
 from omni_adapters.data.epochs import Order, evenly
+from omni_adapters.eval.listening import exchange, loss_of, silence, undisturbed
 from omni_adapters.features import Features, features_to, select
 from omni_adapters.generate import generate_batch
 from omni_adapters.lora import lora_disabled
@@ -30,7 +28,6 @@ Column = Literal["right", "shuffled", "blank", "text_oracle"]
 COLUMNS: tuple[Column, ...] = ("right", "shuffled", "blank", "text_oracle")
 
 
-@torch.no_grad()
 def validate(omni: OmniGPT, source: ClipSource, turns: Turns, *, max_tokens: int, max_rows: int = 256,
              max_answer: int = 64, columns: Sequence[Column] = COLUMNS,
              answered: Sequence[Column] = COLUMNS, known: Mapping[Column, dict[str, float]] | None = None) -> dict[str, Any]:
@@ -43,17 +40,14 @@ def validate(omni: OmniGPT, source: ClipSource, turns: Turns, *, max_tokens: int
     """
     if len(source) < 2:
         raise BadInput("validate", f"{len(source)} samples", "at least two", "the sound of one is exchanged with another's")
-    known, was_training = known or {}, omni.training
-    omni.eval()
-    try:
+    known = known or {}
+    with undisturbed(omni):
         totals = {column: Tally() for column in columns if column not in known}
         for numbers in batches(source, max_tokens, max_rows):
             sound, rows = source.load_batch(numbers)
             features = hear(omni, source, sound)
             for column in totals:
                 totals[column].add(*grade(omni, column, features, rows, turns, max_answer if column in answered else 0))
-    finally:
-        omni.train(was_training)
     result: dict[str, Any] = {column: known.get(column) or totals[column].scores() for column in columns}
     if "right" in result and "shuffled" in result:
         result["gap"] = result["shuffled"]["loss"] - result["right"]["loss"]
@@ -122,7 +116,7 @@ def grade(omni: OmniGPT, column: Column, features: Features, rows: Sequence[Row]
         with lora_disabled(omni.gpt) if omni.lora() else nullcontext():
             return ask(omni, None, rows, turns, max_answer)
     if column == "shuffled":
-        features = select(features, torch.arange(len(rows)).roll(max(1, len(rows) // 2)))
+        features = select(features, exchange(features))
     elif column == "blank":
         features = silence(omni, features)
     return ask(omni, omni.project(features, len(rows)), rows, turns, max_answer)
@@ -138,24 +132,6 @@ def ask(omni: OmniGPT, soft: Any, rows: Sequence[Row], turns: Turns,
         found = generate_batch(omni.prepender, prompts, soft, max_tokens=max_answer, stop_ids=[turns.end])
         heard = [turns.tokenizer.decode(answer) for answer in found]
     return float(loss_of(result)), int((targets != -1).sum()), [answer_of(row) for row in rows], heard
-
-
-def loss_of(result: Any) -> Tensor:
-    """The loss in what a host returns for targets: itself, (logits, loss), or an output with `.loss`."""
-    if isinstance(result, Tensor):
-        return result
-    loss = result[1] if isinstance(result, tuple) else result.loss
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-def silence(omni: OmniGPT, features: Features) -> Features:
-    """What the encoder makes of a silence as long as the longest row, cut to each row's length."""
-    longest = int(features.lens.max())
-    samples = round(longest / omni.encoder.frame_rate * omni.encoder.sampling_rate)
-    heard = omni.encoder(features_to(omni.encoder.preprocess([torch.zeros(max(1, samples))]), features.values.device))
-    values = heard.values.to(features.values.dtype)[:, :longest].expand(len(features.lens), -1, -1)
-    return Features(values, features.lens.clamp(max=values.size(1)))
 
 
 def edits(heard: Sequence[str], said: Sequence[str]) -> int:
