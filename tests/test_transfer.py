@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks import transfer as benchmark
 from omni_adapters import OmniGPT, Projector
 from omni_adapters.anatomy import discover_anatomy
 from omni_adapters.encoders.log_mel import LogMelEncoder
@@ -28,6 +33,7 @@ from omni_adapters.transfer import (
     transfer_projector,
 )
 
+ROOT = Path(__file__).parents[1]
 FRAMES = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(1))
 
 
@@ -211,3 +217,52 @@ def test_zeros_stay_zeros_and_half_precision_stays() -> None:
 def test_what_is_refused(width: int, options: dict[str, Any], vocab: int, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         transfer_projector(projector_to(width), nano_gpt(n_embd=24), nano_gpt(n_embd=36, vocab_size=vocab), **options)
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------------
+
+
+def arm(losses: list[float]) -> dict[str, Any]:
+    scores = {"loss": 1.0, "exact_match": 0.5}
+    return {"start": scores, "end": scores, "steps_to": benchmark.steps_to(losses), "losses": losses}
+
+
+def test_steps_to_a_loss_are_counted_on_the_mean_of_twenty() -> None:
+    assert benchmark.smoothed([3.0, 1.0, 2.0]) == [3.0, 2.0, 2.0]
+    assert benchmark.smoothed([4.0] * 20 + [0.0] * 20)[29] == 2.0
+    assert benchmark.steps_to([4.0] * 20 + [0.0] * 20) == {"2": 30, "1": 35, "0.5": 38, "0.25": 39, "0.1": 40}
+    assert benchmark.steps_to([4.0] * 5) == dict.fromkeys(("2", "1", "0.5", "0.25", "0.1"))
+
+
+def test_an_arm_that_never_arrives_is_last_in_the_median(tmp_path: Path) -> None:
+    fast, slow, never = arm([2.0]), arm([4.0, 0.0]), arm([4.0])
+    runs = [{"seed": seed, "map": {"r2": 0.5}, "arms": {"from scratch": a, "transferred": b}}
+            for seed, (a, b) in enumerate([(fast, never), (slow, never), (never, fast)])]
+    assert [benchmark.median_steps(runs, name, "2") for name in ("from scratch", "transferred")] == [2, None]
+    benchmark.write(tmp_path, runs, {})
+    saved = json.loads((tmp_path / "transfer.json").read_text())
+    assert saved["median_steps_to"]["from scratch"]["2"] == 2 and saved["runs"] == json.loads(json.dumps(runs))
+    rows = (tmp_path / "transfer.csv").read_text().splitlines()
+    assert rows[0] == ("seed,arm,r2,start_loss,end_loss,end_exact_match,steps_to_2,steps_to_1,steps_to_0.5,steps_to_0.25,"
+                       "steps_to_0.1")
+    assert len(rows) == 7 and rows[1] == "0,from scratch,0.5,1.0,1.0,0.5,1,,,,"
+    assert "never" in benchmark.table(runs) and (tmp_path / "transfer.png").stat().st_size > 1000
+
+
+def test_the_random_map_is_as_large_as_the_fitted_one() -> None:
+    pair = benchmark.Pair(reference(seed=0), reference(n_embd=48, seed=1), projector_to(32), 0)
+    args = benchmark.options().parse_args([])
+    first, control = benchmark.transferred(pair, args), benchmark.random_map(pair, args)
+    assert control.fc1.weight.equal(first.fc1.weight) and not torch.allclose(control.fc2.weight, first.fc2.weight, atol=0.1)
+    matrix = embedding_map(pair.old, pair.new).matrix
+    assert torch.allclose(first.fc2.weight.double(), matrix @ pair.projector.fc2.weight.double(), atol=1e-5)
+    solved = control.fc2.weight.detach().double() @ torch.linalg.pinv(pair.projector.fc2.weight.detach().double())
+    assert control.fc2.weight.shape == (48, 16) and 0 < float(solved.norm()) < 2 * float(matrix.norm())
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader")
+    subprocess.run([sys.executable, "-m", "benchmarks.transfer", "--quick", "--out", str(tmp_path)], cwd=ROOT, check=True)
+    saved = json.loads((tmp_path / "transfer.json").read_text())
+    assert len(saved["runs"][0]["arms"]["transferred"]["losses"]) == 8 and saved["options"]["quick"]
