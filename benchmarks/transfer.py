@@ -1,6 +1,6 @@
 """Does a transferred projector save steps? One trained with a d4 GPT goes on with a d6 GPT that read the same language.
 
-    python -m benchmarks.transfer            # some 12 minutes on two CPU cores
+    python -m benchmarks.transfer            # three seeds
     python -m benchmarks.transfer --quick    # does it run
 
 For each seed: a corpus order, a d4 and a d6 reference GPT pre-trained on text as examples/demo.py does, and a projector for the

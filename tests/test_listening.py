@@ -153,6 +153,7 @@ def test_a_batch_is_rolled_by_its_half_unless_that_brings_back_the_same_clip() -
     a, b, c, d = (torch.full((3, 2), float(n)) for n in range(4))
     assert exchange(pad_rows([a, b, c, d])).tolist() == [2, 3, 0, 1]
     assert exchange(pad_rows([a, b, a, b])).tolist() == [3, 0, 1, 2]
+    assert exchange(pad_rows([a, a, a, b])).tolist() == [2, 3, 0, 1]  # two keep their sound at any distance
     rows = torch.tensor([0, 0, 1, 1])
     assert exchange(pad_rows([a, b, c, d]), rows).tolist() == [2, 3, 0, 1]
     assert exchange(pad_rows([a, b, c, a]), torch.tensor([0, 0, 1, 2])).tolist() in ([2, 3, 0, 1], [3, 2, 1, 0])
