@@ -3,6 +3,7 @@
     omni-adapters extract --manifest train.jsonl --encoder openai/whisper-base --out shards/train
     torchrun --nproc_per_node=8 -m omni_adapters.cli extract …         # ranks share the work
     omni-adapters cost --depth 12 --soft 188 --text 256 --batch 16 --gpu h200 --stage 1
+    omni-adapters doctor                                              # what works here, and what to do where it does not
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni_adapters import doctor
 from omni_adapters.cost import MACHINES, as_json, cost, describe
 from omni_adapters.data.extract import write_shards
 from omni_adapters.data.manifest import read_manifest
@@ -26,14 +28,15 @@ from omni_adapters.training.sources import identity, open_encoder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one message on stderr for input that cannot be used: a line, and one for each bad clip."""
+    """Exit code 0, or 2 with one message on stderr for input that cannot be used: a line, and one for each bad clip. Of the
+    doctor, 1 if something that the library needs is broken."""
     args = parser().parse_args(arguments)
     try:
-        args.run(args)
+        code: int | None = args.run(args)
     except (BadInput, MissingExtra, WeightsUnavailable, OSError) as error:
         print(f"omni-adapters {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     extract.set_defaults(run=run_extract)
     add_cost(commands.add_parser("cost", help="what a training step takes: time, memory, price; computed, nothing runs",
                                  description="Computed from counted FLOPs and bytes, for one micro-batch on each GPU."))
+    look = commands.add_parser("doctor", help="what works here: packages, sources, cache, devices; and what to do",
+                                 description="Exit code 1 if a required package is missing or fails to import.")
+    look.add_argument("--timeout", type=float, default=5.0, help="seconds that all looks take at most (default %(default)s)")
+    look.add_argument("--json", action="store_true", help="for programs")
+    look.set_defaults(run=run_doctor)
     return top
 
 
@@ -100,6 +108,13 @@ def run_cost(args: argparse.Namespace) -> None:
                  overlap=args.overlap)
     print(json.dumps(as_json(found, args.gpu, args.price), indent=1) if args.json
           else describe(found, args.gpu, args.price, args.overlap))
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    findings = doctor.examine(args.timeout)
+    text = json.dumps(doctor.as_json(findings), indent=1) if args.json else doctor.describe(findings)
+    print(doctor.in_encoding(text, sys.stdout.encoding))
+    return 0 if doctor.healthy(findings) else 1
 
 
 if __name__ == "__main__":
