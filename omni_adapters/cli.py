@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 -m omni_adapters.cli extract …         # ranks share the work
     omni-adapters cost --depth 12 --soft 188 --text 256 --batch 16 --gpu h200 --stage 1
     omni-adapters doctor                                              # what works here, and what to do where it does not
+    omni-adapters eval --suite audiobench-mini --reference runs/gpt --adapter runs/instruct/adapter.safetensors
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from omni_adapters.data.shard_format import DTYPES
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.shapes import BadInput, MissingExtra
 from omni_adapters.step_counts import ENCODERS
-from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_layer_option
+from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_host_options, add_layer_option, host_of
 from omni_adapters.training.sources import identity, open_encoder
 
 
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one message on stderr for input that cannot be used: a line, and one for each bad clip. Of the
     doctor, 1 if something that the library needs is broken."""
     args = parser().parse_args(arguments)
+    args.typed = shlex.join(["omni-adapters", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         code: int | None = args.run(args)
     except (BadInput, MissingExtra, WeightsUnavailable, OSError) as error:
@@ -64,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument("--timeout", type=float, default=5.0, help="seconds that all looks take at most (default %(default)s)")
     look.add_argument("--json", action="store_true", help="for programs")
     look.set_defaults(run=run_doctor)
+    add_eval(commands.add_parser("eval", help="questions about sound, and whether the answers come from hearing it",
+                                 description="Asks with its own sound, another's, silence, the transcript, and a recogniser's."))
     return top
 
 
@@ -87,6 +93,24 @@ def add_cost(options: argparse.ArgumentParser) -> None:
     options.add_argument("--online", action="store_true", help="the encoder runs in each step; without, shards")
     options.add_argument("--json", action="store_true", help="for programs: seconds and bytes")
     options.set_defaults(run=run_cost)
+
+
+def add_eval(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--suite", required=True, help="audiobench-mini, a file of questions (JSON Lines), mmau:PATH or "
+                         "audiobench:PATH of a local copy")
+    add_host_options(options)
+    options.add_argument("--adapter", type=Path, required=True, help="what a training run saved")
+    options.add_argument("--encoder", help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id (default: the one that the "
+                         "adapter names, from where it names it)")
+    add_context_option(options)
+    options.add_argument("--device", default="cpu", help="default %(default)s")
+    options.add_argument("--no-cascade", action="store_true", help="leave the recogniser out, which takes about as long as the "
+                         "sound lasts")
+    options.add_argument("--max-slots", type=int, default=8192, help="text and soft tokens in a batch (default %(default)s)")
+    options.add_argument("--max-answer", type=int, default=128, help="tokens of a transcription (default %(default)s)")
+    options.add_argument("--out", type=Path, help="the report, FILE.json; a picture, FILE.png, lies beside it (default "
+                         "runs/SUITE.json)")
+    options.set_defaults(run=run_eval)
 
 
 def run_extract(args: argparse.Namespace) -> None:
@@ -115,6 +139,39 @@ def run_doctor(args: argparse.Namespace) -> int:
     text = json.dumps(doctor.as_json(findings), indent=1) if args.json else doctor.describe(findings)
     print(doctor.in_encoding(text, sys.stdout.encoding))
     return 0 if doctor.healthy(findings) else 1
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
+    from torch import nn
+
+    from omni_adapters.eval.cascade import Cascade
+    from omni_adapters.eval.report import check_target, make_report, scoreboard, write_report
+    from omni_adapters.eval.suite import ask, open_suite, turns_of
+    from omni_adapters.fingerprints import digest
+    from omni_adapters.model import OmniGPT
+    from omni_adapters.training.hosts import open_host
+
+    began = time.perf_counter()
+    suite = open_suite(args.suite)
+    out = check_target(args.out or Path("runs") / f"{suite.name}.json")
+    if args.encoder is None and args.context != "full":
+        raise BadInput("eval", f"--context {args.context} without --encoder", "the context that the adapter names",
+                       "leave it out, or name the encoder")
+    gpt, tokenizer = open_host(*host_of(args), args.device)
+    encoder = None if args.encoder is None else open_encoder(args.encoder, args.device, args.context)
+    omni = OmniGPT.load_adapter(args.adapter, gpt, encoder=encoder)
+    if isinstance(omni.encoder, nn.Module):
+        omni.encoder.to(args.device)
+    with nullcontext() if args.no_cascade else Cascade() as cascade:
+        answers = ask(omni, turns_of(omni, tokenizer), suite.questions, cascade, max_slots=args.max_slots,
+                      max_answer=args.max_answer)
+    report = make_report(suite, answers, command=args.typed, seconds=round(time.perf_counter() - began, 3),
+                         adapter_sha256=digest(omni.trained()))
+    written = write_report(out, report)
+    print(scoreboard(report))
+    print(*written, sep="\n")
 
 
 if __name__ == "__main__":
