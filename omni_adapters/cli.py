@@ -166,7 +166,7 @@ def run_eval(args: argparse.Namespace) -> None:
         omni.encoder.to(args.device)
     with nullcontext() if args.no_cascade else Cascade() as cascade:
         answers = ask(omni, turns_of(omni, tokenizer), suite.questions, cascade, max_slots=args.max_slots,
-                      max_answer=args.max_answer)
+                      max_answer=args.max_answer, say=lambda line: print(line, file=sys.stderr, flush=True))
     report = make_report(suite, answers, command=args.typed, seconds=round(time.perf_counter() - began, 3),
                          adapter_sha256=digest(omni.trained()))
     written = write_report(out, report)

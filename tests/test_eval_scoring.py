@@ -77,8 +77,9 @@ def test_all_answers_of_up_to_two_words_and_longer_ones_share_one_probability() 
         beginnings: list[list[int]] = [[]]
         rest = 0.0
         for length in (1, 2, 3):
-            longer = [before + [token] for before in beginnings for token in range(7)]
-            rest += sum(math.exp(mass(one)) for one in longer if one[-1] not in words and not (length > 1 and one[-1] == turns.end))
+            longer = [[*before, token] for before in beginnings for token in range(7)]
+            others = [one for one in longer if one[-1] not in words and not (length > 1 and one[-1] == turns.end)]
+            rest += sum(math.exp(mass(one)) for one in others)
             beginnings = [one for one in longer if one[-1] in words]
         rest += sum(math.exp(mass(one)) for one in beginnings)
     assert answered + rest == pytest.approx(1, abs=1e-5)
@@ -128,7 +129,8 @@ def test_a_transcription_is_the_greedy_answer() -> None:
     soft = sounds(2, 6, 3)
     found = transcribe(whole, turns, asked, soft, max_answer=4, max_slots=20)
     for question, heard, said in zip(asked, soft, found):
-        ids = list(whole.prepender.generate(turns.prompt({"question": question.question}), heard[None], max_tokens=4, temperature=0))
+        prompt = turns.prompt({"question": question.question})
+        ids = list(whole.prepender.generate(prompt, heard[None], max_tokens=4, temperature=0))
         assert said == turns.tokenizer.decode(ids[:ids.index(turns.end)] if turns.end in ids else ids)
 
 

@@ -10,6 +10,7 @@ A system that was not asked is null. Suites of transcriptions have "wer", the wo
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -170,8 +171,10 @@ def draw_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     axis.set_xticks(places, list(rows), rotation=35, ha="right", fontsize=max(6, min(12, 160 // len(rows))))
     axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=12)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(path), dpi=100)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100, format="png")
     pyplot.close(figure)
+    write_whole("draw_report", path, content.getvalue())
 
 
 def bar_places(rows: Mapping[str, Mapping[str, Any]]) -> list[float]:

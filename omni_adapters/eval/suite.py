@@ -16,7 +16,7 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -96,18 +96,19 @@ def turns_of(omni: OmniGPT, tokenizer: Tokenizer) -> Turns:
 
 @torch.no_grad()
 def ask(omni: OmniGPT, turns: Turns, questions: Sequence[Question], cascade: Cascade | None = None, *,
-        max_slots: int = 8192, max_answer: int = 128) -> Answers:
+        max_slots: int = 8192, max_answer: int = 128, say: Callable[[str], object] = str) -> Answers:
     """What each system answers. Without a `cascade` that system is left out.
 
-    max_slots: text and soft tokens in a batch of the GPT's, padding included. max_answer: tokens of a transcription. Raises
-    BadInput for one question alone, choices mixed with transcriptions, texts that the tokenizer refuses, an adapter whose clips
-    stand at placeholders or elsewhere than `turns` puts them. The GPT is then as before.
+    max_slots: text and soft tokens in a batch of the GPT's, padding included. max_answer: tokens of a transcription. say: gets a
+    line after each batch of sounds, which take most of the time where there is a recogniser. Raises BadInput for one question
+    alone, choices mixed with transcriptions, texts that the tokenizer refuses, an adapter whose clips stand at placeholders or
+    elsewhere than `turns` puts them. The GPT is then as before.
     """
     check_questions(omni, turns, questions)
     was_training = omni.training
     omni.eval()
     try:
-        heard = hear_all(omni, questions, cascade)
+        heard = hear_all(omni, questions, cascade, say)
         other = [heard.soft[number] for number in exchange(questions)]
         sounds: dict[System, Soft] = {"overall": heard.soft, "shuffled": other, "blank": heard.blank}
         if not questions[0].is_choice:
@@ -142,7 +143,7 @@ def check_questions(omni: OmniGPT, turns: Turns, questions: Sequence[Question]) 
             raise BadInput("ask", f"the transcription {question.id}, whose answer {question.right!r:.80} has no words", "words")
 
 
-def hear_all(omni: OmniGPT, questions: Sequence[Question], cascade: Cascade | None) -> Heard:
+def hear_all(omni: OmniGPT, questions: Sequence[Question], cascade: Cascade | None, say: Callable[[str], object]) -> Heard:
     """Every sound once, a few at a time: waveforms are not kept."""
     heard, silences, rate = Heard([], [], []), dict[int, Tensor](), omni.encoder.sampling_rate
     for start in range(0, len(questions), CLIPS_AT_ONCE):
@@ -155,6 +156,7 @@ def hear_all(omni: OmniGPT, questions: Sequence[Question], cascade: Cascade | No
         heard.blank.extend(silences[length] for length in lens)
         if cascade is not None:
             heard.transcripts.extend(cascade(waveforms if rate == RECOGNISER_RATE else at_recogniser_rate(some)))
+        say(f"{len(heard.soft)} of {len(questions)} sounds heard")
     return heard
 
 
