@@ -50,12 +50,12 @@ def test_words_that_the_tokenizer_cannot_write_are_left_out() -> None:
 
 
 def test_pocketsphinx_hears_words_and_remembers_nothing() -> None:
-    clips = [samples_of(speak("what is the weather today")), samples_of(speak("turn left at the next corner")), bytes(2)]
+    clips = [samples_of(speak("what is the weather today")), samples_of(speak("turn left there")), bytes(2)]
     texts = [recognised(clip) for clip in clips]
     assert "weather today" in texts[0] and texts[0] != texts[1] and texts[2] == ""
-    assert [recognised(clip) for clip in reversed(clips[:2])] == texts[1::-1]
     pocketsphinx_decoder.cache_clear()
     assert recognised(clips[1]) == texts[1]  # by a decoder that heard nothing before
+    assert recognised(clips[0]) == texts[0]  # and by one that heard something else
 
 
 def test_without_pocketsphinx(monkeypatch: pytest.MonkeyPatch) -> None:

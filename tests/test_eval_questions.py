@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import omni_adapters
 from omni_adapters.data.audio import save_audio
 from omni_adapters.eval.public import read_audiobench, read_mmau
 from omni_adapters.eval.questions import Question, read_questions
@@ -42,6 +43,20 @@ def test_a_files_waveform_at_any_rate(tmp_path: Path) -> None:
     question, = read_questions(write(tmp_path / "one.jsonl", ROW))
     np.testing.assert_allclose(question.waveform(16_000), sound, atol=1 / 32768)
     assert abs(len(question.waveform(8_000)) - 800) <= 1
+
+
+def test_a_recipes_waveform_is_what_it_renders(tmp_path: Path) -> None:
+    texture = pytest.importorskip("omni_adapters.data.texture")
+    source = Path(omni_adapters.__file__).parent / "eval" / "audiobench_mini.jsonl"
+    questions = read_questions(source)
+    assert len(questions) == 200 and all(len(question.options) == 4 and question.text for question in questions)
+    clip = texture.Clip.from_values(questions[0].clip)
+    assert np.array_equal(questions[0].waveform(16_000), texture.render(clip))
+    assert abs(2 * len(questions[0].waveform(8_000)) - len(texture.render(clip))) <= 2
+    values = {**questions[0].clip, "flavour": "sweet"}
+    path = write(tmp_path / "bad.jsonl", {key: value for key, value in ROW.items() if key != "audio"} | {"clip": values})
+    with pytest.raises(BadInput, match="line 1, where 'clip' has"):
+        read_questions(path)
 
 
 @pytest.mark.parametrize(("change", "message"), [
