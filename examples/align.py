@@ -9,8 +9,9 @@
 A step is `--micro-batches` batches of similar length, dealt over the ranks; its loss is the mean over all graded tokens,
 however many ranks there are. The rate warms up, then falls as half a cosine (LLaVA's stage 1, arXiv:2304.08485: 1e-3, 3 %).
 
-The run's folder holds log.jsonl, checkpoints, adapter.safetensors, metrics.json, loss.png and pca.png. Killed at any moment
-and started again with the same options, the run goes on from its newest checkpoint and ends the same.
+The run's folder holds log.jsonl, checkpoints, adapter.safetensors, metrics.json, loss.png, pca.png, and layer_mix.png where an
+encoder gives several layers. Killed at any moment and started again with the same options, the run goes on from its newest
+checkpoint and ends the same.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ from omni_adapters.training.options import (
     Defaults,
     add_data_options,
     add_host_options,
+    add_projector_options,
     add_run_options,
     check_ranges,
     deciding,
     host_of,
+    projector_settings,
 )
 from omni_adapters.training.ranks import Ranks, join_ranks, wrap
 from omni_adapters.training.report import finish_run, scoreboard
@@ -58,10 +61,8 @@ def options() -> argparse.ArgumentParser:
     add_data_options(parser)
     add_run_options(parser, steps=2000)
     ears = parser.add_argument_group("the projector")
-    ears.add_argument("--stack", type=int, default=8, help="feature frames joined into one soft token")
-    ears.add_argument("--hidden", type=int, help="width of the hidden layer, by default 4 × the GPT's n_embd")
+    add_projector_options(ears)
     ears.add_argument("--value-embeds", choices=("zero", "placeholder", "learned"), default="zero", help="rows at soft tokens")
-    ears.add_argument("--no-zero-init", action="store_true", help="start the projector's last layer from noise, not from zero")
     ears.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     return parser
 
@@ -72,8 +73,8 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[OmniGPT, Turn
     turns = Turns(tokenizer, args.form, args.question)
     encoder = open_encoder(args.encoder, device, args.context, args.layer)
     torch.manual_seed(args.seed)
-    projector = Projector(encoder.d_model, discover_anatomy(gpt).n_embd, args.hidden, stack=args.stack,
-                          zero_init=not args.no_zero_init).to(device)
+    projector = Projector(encoder.d_model, discover_anatomy(gpt).n_embd, num_layers=getattr(encoder, "num_layers", 1),
+                          **projector_settings(args)).to(device)
     omni = OmniGPT(gpt, (encoder, projector), value_embeds=args.value_embeds, insert_at=turns.insert_at, loss=args.loss)
     return omni, turns
 

@@ -37,7 +37,7 @@ from omni_adapters.hub import fetch_adapter, publish
 from omni_adapters.lora import LoRALinear, inject_at, inject_lora, keeping_dtype, lora_by_path, lora_settings, remove_lora
 from omni_adapters.model_card import model_card
 from omni_adapters.prepender import SoftTokenPrepender
-from omni_adapters.projector import Projector
+from omni_adapters.projector import Projector, described_projector, settings_of, wording
 from omni_adapters.senses import Sense, Signal, carrying, encoder_statistics, no_clips
 from omni_adapters.shapes import BadInput
 from omni_adapters.splice import SoftTokens
@@ -236,9 +236,9 @@ class OmniGPT(nn.Module):
 
     def describe(self) -> str:
         """A few lines: what is frozen, what trains, what a second of sound costs, and whether 30 s fit."""
-        anatomy, stack = self.prepender.anatomy, getattr(self.projector, "stack", 1)
-        per_second = self.encoder.frame_rate / stack
-        clip, window, limit = round(30 * per_second), short_window(self.gpt), anatomy.position_limit
+        anatomy, pool = self.prepender.anatomy, getattr(self.projector, "pool", None)
+        per_second = self.encoder.frame_rate / getattr(self.projector, "stack", 1)
+        clip, window, limit = pool or round(30 * per_second), short_window(self.gpt), anatomy.position_limit
         lora, host = self.lora(), type(unwrap(self.gpt)).__name__.removeprefix("FSDP")  # fully_shard renames the class
         trains = sum(group_size(group) for group in self.trainable_parameters())
         lines = [
@@ -246,7 +246,8 @@ class OmniGPT(nn.Module):
             *(line for sense in self.senses().values() for line in told(sense)),
             f"LoRA       {f'rank {lora[0].rank} on {len(lora)} layers: {lora_size(lora):,} parameters' if lora else 'none'}",
             f"trained    {trains:,} parameters",
-            f"sound      {per_second:g} soft tokens a second; a clip of 30 s takes {clip} positions"
+            f"sound      {f'{pool} soft tokens a clip' if pool else f'{per_second:g} soft tokens a second'}; "
+            f"a clip of 30 s takes {clip} positions"
             f"{f' of {limit:,}' if limit else ''}",
         ]
         if window is not None:
@@ -386,14 +387,14 @@ def prefix(sense: Sense) -> str:
 
 
 def described(sense: Sense) -> dict[str, Any]:
-    sizes = {name: getattr(sense.projector, name) for name in ("in_dim", "out_dim", "hidden_dim", "stack")}
-    return {"encoder": describe_encoder(sense.encoder), "projector": sizes}
+    return {"encoder": describe_encoder(sense.encoder), "projector": described_projector(sense.projector)}
 
 
 def told(sense: Sense) -> tuple[str, str]:
     encoder, projector, eyes = sense.encoder, sense.projector, "" if sense.name == "audio" else f"{sense.name}: "
+    parts = f" ({wording(settings)})" if (settings := settings_of(projector)) else ""
     return (f"encoder    {eyes}{type(encoder).__name__}: {parameters_of(encoder):,} parameters, frozen",
-            f"projector  {eyes}{encoder.d_model} × {getattr(projector, 'stack', 1)} → {projector.out_dim}: "
+            f"projector  {eyes}{encoder.d_model} × {getattr(projector, 'stack', 1)} → {projector.out_dim}{parts}: "
             f"{parameters_of(projector):,} parameters")
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from omni_adapters.checkpoint import FORMAT, UNWRITABLE
 from omni_adapters.hub import check_repo_id, check_revision
+from omni_adapters.projector import DEFAULTS, wording
 from omni_adapters.shapes import BadInput, listing
 
 
@@ -155,12 +156,15 @@ def _facts(description: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -
     yield "encoder", ", ".join(filter(None, [*named, _digest(encoder)]))
     if encoder.get("frame_rate") and projector.get("stack"):
         rate, stack = encoder["frame_rate"], projector["stack"]
-        yield "sound", f"{encoder['sampling_rate']} Hz; {rate:g} frames a second, {stack} to a soft token"
-        yield "soft tokens per second", f"{rate / stack:g}"
+        yield "sound", f"{encoder['sampling_rate']} Hz; {rate:g} frames a second, {_soft_tokens(projector)}"
+        if not projector.get("pool"):
+            yield "soft tokens per second", f"{rate / stack:g}"
+    if parts := wording({name: projector[name] for name in DEFAULTS if name in projector}):
+        yield "projector", _literal(parts)
     shown = [f"{key} {host[key]}" for key in ("n_embd", "vocab_size", "num_embeddings") if host.get(key) is not None]
     if eyes := description.get("image"):
         yield "encoder of images", ", ".join(filter(None, [_literal(str(eyes["encoder"].get("type"))), _digest(eyes["encoder"])]))
-        yield "images", f"{eyes['projector']['stack']} frames to a soft token"
+        yield "images", _soft_tokens(eyes["projector"], "frames ")
     yield "GPT", ", ".join([_literal(text) for text in shown] + [text for text in [_digest(host)] if text])
     yield "LoRA", _lora(description.get("lora"))
     if "value_embeds" in description:
@@ -172,6 +176,12 @@ def _facts(description: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -
     elif "insert_at" in description:
         yield "sound stands", f"before text position {description['insert_at']}"
     yield "versions", f"omni-adapters {__version__}, torch {torch.__version__}, adapter format {FORMAT}"
+
+
+def _soft_tokens(projector: Mapping[str, Any], unit: str = "") -> str:
+    pooled = projector.get("pool")
+    return f"{projector['stack']} {unit}to a soft token" if not pooled else (
+        f"{projector['stack']} {unit}to a step, {pooled} soft tokens a clip")
 
 
 def _parts(sizes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str]]:

@@ -9,12 +9,16 @@ from typing import Any, get_args
 from omni_adapters.encoders.pretrained import Layer
 from omni_adapters.encoders.whisper import Context
 from omni_adapters.head_loss import FORMS
+from omni_adapters.projector import DOWNSAMPLES, NORMS
+from omni_adapters.projector_parts import ACTIVATIONS
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.trackers import OPENERS
 
 ENCODER_HELP = "log_mel, or a Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0: a directory, an id, hf:id or ms:id"
 # Options that may change when a run is resumed: they decide where and how fast it goes, not what comes out.
 FREE = {"out", "device", "engine", "workers", "track", "save_every", "keep", "push", "adapter"}
+# Options that decide nothing at these values: a run's record leaves them out, so one made without them can go on.
+NEUTRAL: dict[str, Any] = {"activation": "gelu", "norm": [], "normalize_layers": False, "downsample": "stack", "pool": None}
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -67,6 +71,26 @@ def parse_layer(text: str) -> Layer:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def add_projector_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--stack", type=int, default=8, help="feature frames joined into one soft token")
+    parser.add_argument("--hidden", type=int, help="width of the hidden layer, by default 4 × the GPT's n_embd")
+    parser.add_argument("--activation", choices=list(ACTIVATIONS), default="gelu", help="of the hidden layer")
+    parser.add_argument("--norm", nargs="*", default=[], choices=NORMS,
+                        help="RMSNorms before fc1 (in), before fc2 (mid), after it (out)")
+    parser.add_argument("--downsample", choices=DOWNSAMPLES, default="stack",
+                        help="frames side by side, or a strided convolution")
+    parser.add_argument("--pool", type=int, metavar="N", help="N soft tokens of every clip, by attention over its steps")
+    parser.add_argument("--normalize-layers", action="store_true",
+                        help="where an encoder gives several: each has variance 1 when they are mixed")
+    parser.add_argument("--no-zero-init", action="store_true", help="start the projector's last layer from noise, not from zero")
+
+
+def projector_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of a Projector, from what `add_projector_options` added."""
+    return {"hidden_dim": args.hidden, "stack": args.stack, "zero_init": not args.no_zero_init, "activation": args.activation,
+            "norm": args.norm, "downsample": args.downsample, "pool": args.pool, "normalize_layers": args.normalize_layers}
+
+
 def add_run_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
     run = parser.add_argument_group("the run")
     run.add_argument("--out", type=Path, required=True, help="its folder; run again with the same options, it goes on")
@@ -107,7 +131,8 @@ def deciding(args: argparse.Namespace, **identities: Any) -> dict[str, Any]:
     context and layer.
     """
     identified = {"train", "valid", "reference", "nanochat", "transformers", "loader", "encoder", "context", "layer"}
-    options = {name: value for name, value in vars(args).items() if name not in FREE | identified}
+    options = {name: value for name, value in vars(args).items()
+               if name not in FREE | identified and not (name in NEUTRAL and value == NEUTRAL[name])}
     return {"options": options, **identities}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: how the losses fell, and where projected sound lies among the GPT's words."""
+"""Pictures of a run: how the losses fell, where projected sound lies among the GPT's words, which layers are listened to."""
 
 from __future__ import annotations
 
@@ -73,6 +73,27 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) ->
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(Path(path), dpi=130)
+    pyplot.close(figure)
+
+
+def draw_layer_mix(weights: Sequence[float], path: str | os.PathLike[str], layers: Sequence[int] | None = None) -> None:
+    """The share of each layer in a LayerMix (L,), a bar a layer in %, beside the even share of a mix that learned nothing.
+
+    layers: their numbers in the encoder, by default 0 … L−1.
+    """
+    if not weights or (layers is not None and len(layers) != len(weights)):
+        raise BadInput("draw_layer_mix", f"{len(weights)} weights for {'no' if layers is None else len(layers)} layers",
+                       "one weight for each of at least one layer")
+    pyplot = plotting("draw_layer_mix")
+    places, every = range(len(weights)), -(-len(weights) // 16)
+    figure, axis = pyplot.subplots(figsize=(max(5, 0.35 * len(weights)), 4), layout="constrained")
+    axis.bar(places, [100 * weight for weight in weights], 0.8, color=DARK)
+    axis.axhline(100 / len(weights), color=WARM, linestyle=":", label=f"all alike ({100 / len(weights):.3g} %)")
+    axis.set_xticks(places[::every], [str(layer) for layer in (places if layers is None else layers)][::every])
+    axis.set(xlabel="layer of the encoder", ylabel="weight in the mix (%)", ylim=(0, None), title="Which layers are listened to")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
