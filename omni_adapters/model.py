@@ -37,7 +37,7 @@ from omni_adapters.hub import fetch_adapter, publish
 from omni_adapters.lora import LoRALinear, inject_at, inject_lora, keeping_dtype, lora_by_path, lora_settings, remove_lora
 from omni_adapters.model_card import model_card
 from omni_adapters.prepender import SoftTokenPrepender
-from omni_adapters.projector import Projector, described_projector, settings_of, wording
+from omni_adapters.projector import Projector, build_projector, described_projector, settings_of, wording
 from omni_adapters.senses import Sense, Signal, carrying, encoder_statistics, no_clips
 from omni_adapters.shapes import BadInput
 from omni_adapters.splice import SoftTokens
@@ -299,13 +299,14 @@ class OmniGPT(nn.Module):
         eyes = saved.get("image")
         if eyes is None and image_encoder is not None:
             raise BadInput(where, "an image_encoder for an adapter of ears alone", "none")
-        audio = own_copy(build_encoder(where, saved["encoder"]) if encoder is None else encoder), Projector(**saved["projector"])
+        encoder = build_encoder(where, saved["encoder"]) if encoder is None else encoder
+        audio = own_copy(encoder), build_projector(where, saved["projector"])
         image = None
         if eyes is not None:
             if image_encoder is None:
                 raise BadInput(where, f"an adapter trained with eyes, {eyes['encoder']['type']}", "its encoder",
                                "pass it: load_adapter(path, gpt, image_encoder=…)")
-            image = own_copy(image_encoder), Projector(**eyes["projector"])
+            image = own_copy(image_encoder), build_projector(where, eyes["projector"])
         omni = cls(gpt, audio, image, placeholders=saved["placeholders"], value_embeds=saved["value_embeds"],
                    insert_at=saved["insert_at"])
         try:

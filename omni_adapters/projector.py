@@ -26,9 +26,9 @@ from omni_adapters.projector_parts import (
     stack_frames,
     zero_padding,
 )
-from omni_adapters.shapes import BadInput
+from omni_adapters.shapes import BadInput, listing
 
-__all__ = ["Projector", "described_projector", "settings_of", "stack_frames", "wording"]
+__all__ = ["Projector", "build_projector", "described_projector", "settings_of", "stack_frames", "wording"]
 
 NORMS = ("in", "mid", "out")
 DOWNSAMPLES = ("stack", "conv")
@@ -156,6 +156,14 @@ def settings_of(projector: Any) -> dict[str, Any]:
 def described_projector(projector: Any) -> dict[str, Any]:
     """What `Projector(**…)` takes to build it again, but for its start: sizes, and what differs from the default."""
     return {name: getattr(projector, name) for name in SIZES} | settings_of(projector)
+
+
+def build_projector(where: str, described: Mapping[str, Any]) -> Projector:
+    """The projector that `described_projector` told of, with new weights. Raises BadInput for an unknown setting."""
+    if unknown := sorted(set(described) - {*SIZES, *DEFAULTS}):
+        raise BadInput(where, f"a projector with {listing(unknown)!r:.100}", f"settings among {', '.join((*SIZES, *DEFAULTS))}",
+                       "load it with the version of omni-adapters that saved it, or a newer one")
+    return Projector(**described)
 
 
 def wording(settings: Mapping[str, Any]) -> str:

@@ -1,5 +1,4 @@
-"""What a finished run leaves for people: metrics.json, loss.png, pca.png, where layers are mixed layer_mix.png, and a table on the
-terminal."""
+"""What a finished run leaves for people: metrics.json, loss.png, pca.png, layer_mix.png where layers are mixed, and a table."""
 
 from __future__ import annotations
 
