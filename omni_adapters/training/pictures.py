@@ -90,8 +90,9 @@ def draw_layer_mix(weights: Sequence[float], path: str | os.PathLike[str], layer
     axis.bar(places, [100 * weight for weight in weights], 0.8, color=DARK)
     axis.axhline(100 / len(weights), color=WARM, linestyle=":", label=f"all alike ({100 / len(weights):.3g} %)")
     axis.set_xticks(places[::every], [str(layer) for layer in (places if layers is None else layers)][::every])
-    axis.set(xlabel="layer of the encoder", ylabel="weight in the mix (%)", ylim=(0, None), title="Which layers are listened to")
-    axis.legend(frameon=False)
+    axis.set(xlabel="layer of the encoder", ylabel="weight in the mix (%)", ylim=(0, 125 * max(weights)),
+             title="Which layers are listened to")
+    axis.legend(frameon=False, loc="upper right")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
