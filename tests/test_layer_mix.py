@@ -173,9 +173,9 @@ def test_a_report_shows_the_mix_where_there_is_one(num_layers: int, tmp_path: Pa
 def test_a_report_numbers_the_layers_as_the_encoder_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     omni, points, axes = mixing(4, pool=3), (torch.randn(9, 32), torch.randn(9, 32)), bars_of(monkeypatch)
     for layers, names in (((2, 4, 6, 8), "2468"), (nn.ModuleList(), "0123"), ((2, 4), "0123"), (None, "0123")):
-        there = SimpleNamespace(encoder=SimpleNamespace(layers=layers, frame_rate=100.0), projector=omni.projector,
-                                trained=omni.trained)
-        metrics = write_report(tmp_path, ROWS, points, {}, there, layer_mix(omni))  # type: ignore[arg-type]
+        there: Any = SimpleNamespace(encoder=SimpleNamespace(layers=layers, frame_rate=100.0), projector=omni.projector,
+                                     trained=omni.trained)
+        metrics = write_report(tmp_path, ROWS, points, {}, there, layer_mix(omni))
         (axis,) = [axis for axis in axes if "mix" in axis.get_ylabel()]
         assert "".join(label.get_text() for label in axis.get_xticklabels()) == names
         axes.clear()
