@@ -1,177 +1,782 @@
-"""Where weights come from: the order of the places, the one error, silence bounded in time, caches without requests.
+"""Where weights come from: what is loaded is what was listed, nothing hangs, nothing is torn; each fault injected by hand.
 
-Both hubs' real clients run against servers on 127.0.0.1. They read their endpoints when they are imported, so each
-fetch is a process of its own.
+Hubs are servers on 127.0.0.1 (`weights_hub`), which both real clients are shown to accept. Most fetches run in this process,
+whose environment names those servers; what is killed, or races, is a process of its own.
 """
 
+from __future__ import annotations
+
 import contextlib
-import hashlib
+import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import parse_qs, urlparse
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import close_session, constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from weights_hub import (
+    TwoHubs,
+    breaking_off,
+    commit_of,
+    dripping_header,
+    mute,
+    pieces,
+    running,
+    sha256,
+    slow,
+    stalling,
+    status,
+)
 
-from omni_adapters.encoders.weights import WeightsUnavailable, fetch_weights, missing_files
+from omni_adapters.encoders import weight_cache, weight_transfer, weights
+from omni_adapters.encoders.weight_transfer import QUANTUM, RETRIES, Dropped, Line, Patience, RemoteFile, download, origin
+from omni_adapters.encoders.weights import (
+    DEADLINE,
+    Weights,
+    WeightsUnavailable,
+    cache_folder,
+    cached_copies,
+    endpoints,
+    fetch_weights,
+    missing_files,
+    probe,
+)
+from omni_adapters.shapes import BadInput
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HEADER = b'{"a":{"dtype":"U8","shape":[300000],"data_offsets":[0,300000]}}'
+BODY = len(HEADER).to_bytes(8, "little") + HEADER + bytes(range(250)) * 1200  # 300 kB: more than two renewals
 FILES = {
     "config.json": b"{}",
-    "model.safetensors": b"weights" * 1000,
+    "model.safetensors": BODY,
     "model.fp32-00001-of-00001.safetensors": b"twice the size",
+    "model-00001-of-00001.safetensors": b"the same in shards",
     "pytorch_model.bin": b"a pickle",
     "notes.txt": b"text",
+    "README.md": b"a page",
+    "sub/config.json": b"[]",
 }
 WANTED = {"config.json", "model.safetensors", "notes.txt"}
-FETCH = """
-import json, sys
-from omni_adapters.encoders import weights
-weights.PREFLIGHT_TIMEOUT = float(sys.argv[1])
-try:
-    found = weights.fetch_weights("Test", sys.argv[2:], todo="Ways out: none.")
-    print(json.dumps({"directory": str(found.directory), "source": found.source}))
-except weights.WeightsUnavailable as error:
-    print(json.dumps({"failures": error.failures, "message": str(error)}))
+PLACES = ["hf:owner/name", "ms:owner/name"]
+HF, MS = r" /(api/models|owner)/", r" /api/v1/"  # what each hub's requests look like
+WEIGHTS = "model.safetensors"
+SLACK = 1.5  # seconds that imports and a busy machine may cost besides what a test measures
+
+each_hub = pytest.mark.parametrize("place", PLACES)
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token, no proxy, caches in tmp_path, and hubs that refuse connections until a test starts one."""
+    for name in list(os.environ):
+        ours = name.startswith(("HF_", "HUGGING_FACE_", "MODELSCOPE_", "TRANSFORMERS_", "OMNI_ADAPTERS_"))
+        if ours or "_PROXY" in name.upper():
+            monkeypatch.delenv(name)
+    for name, value in environment_of(tmp_path, "http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))  # the client has read its settings
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no tokens"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weight_transfer, "PAUSE", 0.01)
+    close_session()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoHubs]:
+    with running(FILES) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.endpoint)
+        yield server
+
+
+def environment_of(tmp_path: Path, endpoint: str) -> dict[str, str]:
+    return {"HF_ENDPOINT": endpoint, "MODELSCOPE_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "NETRC": os.devnull,
+            "MODELSCOPE_CACHE": str(tmp_path / "ms"), "MODELSCOPE_HOME": str(tmp_path / "ms_home"),
+            "OMNI_ADAPTERS_CACHE": str(tmp_path / "cache")}
+
+
+def fetch(*places: str | Path, deadline: float = 10.0, **options: object) -> Weights:
+    """With warnings as errors: a test that expects one says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return fetch_weights("Test", places, todo="Ways out: none.", deadline=deadline, **options)
+
+
+def failures(*places: str | Path, **options: object) -> list[str]:
+    with pytest.raises(WeightsUnavailable) as caught:
+        fetch(*places, **options)
+    return caught.value.failures
+
+
+def is_whole(found: Weights, files: dict[str, bytes] = FILES) -> bool:
+    there = {path.name: path.read_bytes() for path in found.directory.iterdir() if path.name != ".copy.json"}
+    return there == {name: files[name] for name in WANTED}
+
+
+def nothing_cached() -> bool:
+    """Locks are all that a failed fetch may leave."""
+    return not any(path.is_file() and path.suffix != ".lock" for path in cache_folder().rglob("*"))
+
+
+def hub_of(place: str) -> str:
+    return HF if place.startswith("hf") else MS
+
+
+@contextlib.contextmanager
+def seconds() -> Iterator[SimpleNamespace]:
+    taken = SimpleNamespace(seconds=0.0)
+    started = time.monotonic()
+    yield taken
+    taken.seconds = time.monotonic() - started
+
+
+# The package without its index, which imports torch: seconds that have nothing to do with weights.
+LIGHT = f"""
+import sys, types
+package = sys.modules["omni_adapters"] = types.ModuleType("omni_adapters")
+package.__path__, package.__version__ = [{str(Path(weights.__file__).parents[1])!r}], "0"
+"""
+FETCH = "from omni_adapters.encoders.weights import fetch_weights\nprint(fetch_weights('T', sys.argv[1:]).directory)"
+
+
+def start(tmp_path: Path, hub: TwoHubs, code: str, *arguments: str) -> subprocess.Popen[str]:
+    env = {**os.environ, **environment_of(tmp_path, hub.endpoint), "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.Popen([sys.executable, "-c", LIGHT + code, *arguments], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def output(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+# ---- a good hub --------------------------------------------------------------------------------------------------------
+
+
+@each_hub
+def test_a_download_is_what_the_hub_has_and_is_needed_once(hub, monkeypatch, place):
+    found = fetch(place)
+    assert found.source == place and is_whole(found)
+    assert hub.lines() and not hub.lines(r"\.bin|fp32|00001|README|sub")
+    assert {name for name in WANTED if not hub.lines(name)} == set()
+    copy, = cached_copies(verify=True)
+    num_bytes = sum(len(FILES[name]) for name in WANTED) + (found.directory / ".copy.json").stat().st_size
+    assert copy == (place, commit_of(FILES) if place.startswith("hf") else "master", found.directory, num_bytes, True)
+    hub.requests.clear()
+    assert fetch(place) == found
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch(place) == found
+    assert hub.lines() == []
+
+
+REAL_CLIENTS = """
+import json, pathlib
+from huggingface_hub import snapshot_download
+from modelscope.hub.snapshot_download import snapshot_download as modelscope_download
+from omni_adapters.encoders.weights import WANTED_FILES, fetch_weights
+hf = snapshot_download("owner/name", allow_patterns=WANTED_FILES)
+ms = modelscope_download("owner/name", allow_patterns=WANTED_FILES)
+print("downloaded", flush=True)
+places = ["hf:owner/name", "ms:owner/name", "hf:owner/name@v1", "ms:owner/name@v1"]
+ours = [str(fetch_weights("T", [place]).directory) for place in places]
+print(json.dumps([hf, ms, *ours]))
 """
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """The requests of both hubs' clients for one small repository, owner/name."""
+def test_both_real_clients_accept_the_servers_and_what_they_cached_is_used_unless_it_changed(hub, tmp_path):
+    hub.revisions["v1"] = {**FILES, "config.json": b'{"v": 1}'}
+    process = start(tmp_path, hub, REAL_CLIENTS)
+    hf, ms, *ours = (Path(path) for path in json.loads(output(process).splitlines()[-1]))
+    for directory in (hf, ms):
+        assert all((directory / name).read_bytes() == FILES[name] for name in WANTED)
+    assert ours[:2] == [hf, ms]
+    assert [(path / "config.json").read_bytes() for path in ours[2:]] == [b'{"v": 1}'] * 2  # no other revision's copy
+    assert {copy.source for copy in cached_copies()} == {"hf:owner/name@v1", "ms:owner/name@v1"}
+    hub.requests.clear()
+    assert fetch("hf:owner/name").directory == hf and hub.lines() == []
+    blob = (hf / WEIGHTS).resolve()
+    blob.chmod(0o644)
+    blob.write_bytes(flipped(BODY))
+    assert is_whole(fetch("hf:owner/name")) and (hf / WEIGHTS).read_bytes() == flipped(BODY)  # others' files stay as they are
+    assert hub.lines(WEIGHTS)
 
-    def do_GET(self):
-        url = urlparse(self.path)
-        query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        self.server.requests.append(self.path)
-        parts = url.path.strip("/").split("/")
-        if "absent" in parts:
-            self.answer(404, b'{"Code": 10010205001, "Message": "absent"}', {"X-Error-Code": "RepoNotFound"})
-        elif parts[-2:] == ["repo", "files"]:
-            rows = [{"Path": name, "Type": "blob", "Size": len(body), "Sha256": hashlib.sha256(body).hexdigest()}
-                    for name, body in FILES.items()]
-            self.answer(200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": rows}}).encode())
-        elif "FilePath" in query:
-            self.answer(200, FILES[query["FilePath"]])
-        elif "tree" in parts:
-            rows = [{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                    for name, body in FILES.items()]
-            self.answer(200, json.dumps(rows).encode())
-        elif "resolve" in parts:
-            body = FILES[parts[-1]]
-            self.answer(200, body, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'})
-        else:
-            self.answer(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": []}).encode())
 
-    do_HEAD = do_GET
+@each_hub
+def test_a_pinned_revision_is_another_copy_and_is_written_down(hub, place):
+    hub.revisions["v1"] = v1 = {**FILES, "config.json": b'{"v": 1}'}
+    found, pinned = fetch(place), fetch(f"{place}@v1")
+    assert pinned.source == f"{place}@v1" and is_whole(pinned, v1) and is_whole(found)
+    revision = commit_of(v1) if place.startswith("hf") else "v1"
+    assert {(copy.source, copy.revision) for copy in cached_copies()} >= {(f"{place}@v1", revision)}
+    assert len(failures(f"{place}@no-such")) == 1
 
-    def answer(self, status, body, headers=None):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
 
-    def log_message(self, *args):
-        pass
+def test_a_commit_is_that_commit_or_refused(hub):
+    sha = commit_of(FILES)
+    assert is_whole(fetch(f"hf:owner/name@{sha}"))
+    hub.revisions["0" * 40] = FILES
+    line, = failures(f"hf:owner/name@{'0' * 40}")
+    assert f"asked for {'0' * 40}" in line and sha in line
+
+
+@each_hub
+def test_refresh_replaces_the_copy_and_a_failed_one_leaves_it(hub, place):
+    fetch(place)
+    newer = {**FILES, "config.json": b'{"new": true}'}
+    hub.revisions["main"] = hub.revisions["master"] = newer
+    assert is_whole(fetch(place))
+    assert is_whole(fetch(place, refresh=True), newer) and is_whole(fetch(place), newer)
+    hub.sent[WEIGHTS] = flipped(BODY)
+    failures(place, refresh=True)
+    assert is_whole(fetch(place), newer)
+
+
+def test_a_repository_that_gains_the_required_file_is_fetched_again(hub):
+    fetch("hf:owner/name")
+    hub.revisions["main"] = {**FILES, "other.json": b"1"}
+    found = fetch("hf:owner/name", required=["other.json"])
+    assert (found.directory / "other.json").read_bytes() == b"1"
+
+
+def test_shards_are_fetched_where_there_is_no_whole_file(hub):
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    files = {name: body for name, body in FILES.items() if name != WEIGHTS}
+    hub.revisions["main"] = {**files, "model.safetensors.index.json": json.dumps(index).encode()}
+    assert (fetch("hf:owner/name").directory / "model-00001-of-00001.safetensors").read_bytes() == b"the same in shards"
+    index["weight_map"]["b"] = "model-00002-of-00002.safetensors"
+    hub.revisions["v2"] = {**files, "model.safetensors.index.json": json.dumps(index).encode()}
+    line, = failures("hf:owner/name@v2")
+    assert "without model-00002-of-00002.safetensors" in line
+
+
+# ---- another place takes over ------------------------------------------------------------------------------------------
+
+
+def test_500_leads_to_the_other_place_and_stays_there(hub):
+    hub.faults.append(status(500, MS))
+    found = fetch("ms:owner/name", "hf:owner/name")
+    assert found.source == "hf:owner/name" and is_whole(found)
+    hub.requests.clear()
+    assert fetch("ms:owner/name", "hf:owner/name") == found and hub.lines() == []
+    hub.faults.clear()
+    assert fetch("ms:owner/name").source == "ms:owner/name"  # another question
+    assert fetch("ms:owner/name", "hf:owner/name", refresh=True).source == "ms:owner/name"
+    assert fetch("ms:owner/name", "hf:owner/name").source == "ms:owner/name"
+
+
+@pytest.mark.parametrize("places", [PLACES, PLACES[::-1]])
+def test_refused_connections_are_both_listed(monkeypatch, places):
+    with closed_port() as port:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"http://127.0.0.1:{port}")
+        with seconds() as taken, pytest.raises(WeightsUnavailable) as caught:
+            fetch(*places)
+    assert taken.seconds < SLACK + 1
+    lines = caught.value.failures
+    assert [line.split(":")[0] for line in lines] == [f"{'Hugging Face' if p < 'm' else 'ModelScope'} owner/name" for p in places]
+    assert all("refused" in line and f"{port}" in line for line in lines)
+    assert str(caught.value).splitlines() == ["Test: no weights. Tried", *(f"  - {line}" for line in lines), "Ways out: none."]
 
 
 @contextlib.contextmanager
-def fake_hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.requests = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def fetch(tmp_path, port, *candidates, timeout=5.0, **environment):
-    """Run fetch_weights in a process whose hubs are 127.0.0.1:port and whose caches lie in tmp_path."""
-    endpoint = f"http://127.0.0.1:{port}"
-    inherited = {name: value for name, value in os.environ.items()
-                 if not name.startswith(("HF_", "MODELSCOPE_", "TRANSFORMERS_")) and "_PROXY" not in name.upper()}
-    env = {**inherited, "HF_ENDPOINT": endpoint, "MODELSCOPE_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"),
-           "MODELSCOPE_CACHE": str(tmp_path / "ms"), "MODELSCOPE_HOME": str(tmp_path / "ms_home"), **environment}
-    done = subprocess.run([sys.executable, "-c", FETCH, str(timeout), *candidates], env=env, timeout=60,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@contextlib.contextmanager
-def listening_socket(listen):
-    """A port nobody answers on: refused without `listen`; with it, connections open and stay mute."""
+def closed_port() -> Iterator[int]:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        if listen:
-            server.listen()
         yield server.getsockname()[1]
 
 
-def test_refused_hubs_are_both_listed(tmp_path):
-    started = time.monotonic()
-    with listening_socket(listen=False) as port:
-        got = fetch(tmp_path, port, "ms:owner/name", "hf:owner/name")
-    assert time.monotonic() - started < 30
-    asked = [failure.split(":")[0] for failure in got["failures"]]
-    assert asked == ["ModelScope owner/name", "Hugging Face owner/name"]
-    assert all("refused" in failure and f"{port}" in failure for failure in got["failures"])
-    lines = ["Test: no weights. Tried", *(f"  - {failure}" for failure in got["failures"]), "Ways out: none."]
-    assert got["message"].splitlines() == lines
+def flipped(body: bytes) -> bytes:
+    return body[:-1] + bytes([body[-1] ^ 1])
 
 
-def test_mute_hubs_cost_a_timeout_each(tmp_path):
-    started = time.monotonic()
-    with listening_socket(listen=True) as port:
-        got = fetch(tmp_path, port, "ms:owner/name", "hf:owner/name", timeout=1.0)
-    assert time.monotonic() - started < 30  # two timeouts of 1 s, and the imports
-    assert len(got["failures"]) == 2 and all("timed out" in failure for failure in got["failures"])
+@each_hub
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])  # by sha256, and on Hugging Face by git's name
+def test_a_flipped_byte_is_refused_and_the_other_place_asked(hub, monkeypatch, place, name):
+    hub.sent[name] = flipped(FILES[name])
+    line, = failures(place)
+    assert f"{name} came with" in line and "the listing says" in line and nothing_cached()
+    other = PLACES[place == PLACES[0]]
+    with running(FILES) as good:
+        monkeypatch.setenv("HF_ENDPOINT" if other.startswith("hf") else "MODELSCOPE_ENDPOINT", good.endpoint)
+        found = fetch(place, other)
+        assert found.source == other and is_whole(found)
 
 
-@pytest.mark.parametrize("candidate", ["hf:owner/name", "ms:owner/name"])
-def test_a_download_brings_no_pickle_and_is_needed_once(tmp_path, candidate):
-    with fake_hub() as hub:
-        got = fetch(tmp_path, hub.server_port, candidate)
-        assert got["source"] == candidate
-        files = {name for name in os.listdir(got["directory"]) if not name.startswith(".")}
-        assert files == WANTED
-        assert (Path(got["directory"]) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
-        assert hub.requests and not any(".bin" in path or "fp32" in path for path in hub.requests)
-        hub.requests.clear()
-        assert fetch(tmp_path, hub.server_port, candidate) == got
-        assert hub.requests == []
+@each_hub
+def test_more_bytes_than_listed_are_refused(hub, place):
+    hub.sent["notes.txt"] = b"text and more"
+    line, = failures(place)
+    assert "notes.txt has more bytes than the 4 of the listing" in line and nothing_cached()
 
 
-def test_absent_ids_fall_through_and_offline_uses_what_is_cached(tmp_path):
+@each_hub
+@pytest.mark.parametrize("edit, message", [
+    (lambda row: [row.pop(key, None) for key in ("Sha256", "lfs", "blobId")], "no hash"),
+    (lambda row: row.update(lfs={"sha256": "no hex", "size": 5, "pointerSize": 1}, blobId="?", Sha256="no hex"), "no hash"),
+    (lambda row: [row.update({key: -1}) for key in ("Size", "size")] and row.pop("lfs", None), "the size -1"),
+])
+def test_a_listing_that_promises_nothing_is_refused(hub, place, edit, message):
+    hub.listed = lambda rows: [edit(row) for row in rows if WEIGHTS in row.values()]
+    line, = failures(place)
+    assert message in line and not hub.lines(r"resolve|FilePath") and nothing_cached()
+
+
+@each_hub
+@pytest.mark.parametrize("name", ["../out.json", "/out.json", "..", ".hidden.json", "a\\b.json", "a b.json", "sub/../out.json"])
+def test_names_that_lead_elsewhere_are_not_asked_for(hub, tmp_path, place, name):
+    hub.revisions["main"] = hub.revisions["master"] = {**FILES, name: b"1"}
+    assert is_whole(fetch(place)) and not list(tmp_path.rglob("*out.json"))
+
+
+@each_hub
+def test_pickles_alone_are_not_even_asked_for(hub, place):
+    hub.revisions["main"] = hub.revisions["master"] = {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}
+    line, = failures(place)
+    assert "without model.safetensors (pickled weights are not loaded)" in line
+    assert not hub.lines(r"resolve|FilePath") and nothing_cached()
+
+
+# ---- bodies that stop --------------------------------------------------------------------------------------------------
+
+
+@each_hub
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_dropped_connection_is_taken_up_again(hub, place, ranges):
+    hub.ranges = ranges
+    hub.faults.append(breaking_off(WEIGHTS, BODY, 150_000, times=1))
+    assert is_whole(fetch(place))
+    asked = [request.headers.get("Range") for request in hub.requests if WEIGHTS in request.line]
+    assert len(asked) == 2 and asked[0] is None and asked[1] is not None
+    start = int(asked[1].removeprefix("bytes=").removesuffix("-"))
+    assert 0 < start <= 150_000
+
+
+@each_hub
+def test_a_body_that_is_always_cut_gives_up(hub, place):
+    hub.ranges = False
+    hub.faults.append(breaking_off(WEIGHTS, BODY, 1000))
+    line, = failures(place)
+    assert "broke off after" in line or "ended after" in line
+    assert len(hub.lines(WEIGHTS)) <= 1 + RETRIES + 1 and nothing_cached()  # the first news, and RETRIES without
+
+
+@each_hub
+def test_a_short_body_that_calls_itself_whole_gives_up(hub, place):
+    hub.ranges = False
+    hub.sent[WEIGHTS] = BODY[:-5]
+    line, = failures(place)
+    assert f"ended after {len(BODY) - 5} of {len(BODY)} bytes" in line and nothing_cached()
+
+
+def test_a_busy_moment_between_files_is_waited_out(hub):
+    hub.faults.append(status(503, r"resolve.*" + WEIGHTS, times=2))
+    assert is_whole(fetch("hf:owner/name"))
+
+
+@each_hub
+def test_404_of_one_file_poisons_nothing(hub, place):
+    hub.faults.append(status(404, "config.json", times=1))
+    line, = failures(place)
+    assert "404" in line and "config.json" in line and nothing_cached()
+    assert is_whole(fetch(place))
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(0, 3 * QUANTUM), cuts=st.lists(st.integers(0, 2 * QUANTUM), max_size=6), ranges=st.booleans(),
+       seed=st.integers(0, 255))
+def test_wherever_it_breaks_off_a_file_is_whole_or_refused(tmp_path_factory, size, cuts, ranges, seed):
+    body = bytes((seed + i * i) % 251 for i in range(509)) * (size // 509 + 1)
+    body = body[:size]
+    path = tmp_path_factory.mktemp("body") / "file"
+    with running({"file": body}) as server:
+        server.ranges = ranges
+        server.faults += [breaking_off("file", body, cut, times=1) for cut in cuts]
+        line = Line(server.endpoint, {}, Patience(5))
+        wanted = RemoteFile("file", size, sha256(body), None, f"{server.endpoint}/owner/name/resolve/main/file")
+        try:
+            assert download(line, wanted, path) == sha256(body) and path.read_bytes() == body
+        except Dropped:
+            assert len(cuts) > RETRIES  # so many tries are never used up by fewer cuts
+
+
+# ---- silence -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("silent", [[MS], [HF], [MS, HF]], ids=["ModelScope", "Hugging Face", "both"])
+def test_mute_hubs_cost_their_share_of_one_deadline(hub, silent):
+    hub.faults += [mute(pattern) for pattern in silent]
+    with seconds() as taken:
+        if len(silent) == 2:
+            lines = failures(*PLACES, deadline=1.0)
+            assert all("was silent for 0.5 s" in line for line in lines) and len(lines) == 2
+        else:
+            place = PLACES[silent == [MS]]
+            found = fetch(place, PLACES[silent == [HF]], deadline=1.0)
+            assert is_whole(found) and found.source != place
+    assert 0.5 * len(silent) <= taken.seconds < 0.5 * len(silent) + SLACK
+
+
+def test_shares_of_the_deadline_add_up(hub, monkeypatch):
+    given_out = []
+
+    class Watched(Patience):
+        def __init__(self, seconds: float) -> None:
+            super().__init__(seconds)
+            given_out.append(seconds)
+
+        def spent(self) -> float:
+            return self.seconds if self.since else 0.0  # as if nothing ever came
+
+    monkeypatch.setattr(weights, "Patience", Watched)
+    monkeypatch.setattr(weight_cache, "POLL", 0.001)
+    hub.faults.append(mute())
+    for places in (["ms:owner/name"], PLACES, [*PLACES, "./nowhere", "owner/name"]):
+        given_out.clear()
+        failures(*places, deadline=DEADLINE)
+        hubs = [share for share, place in zip(given_out, places) if place != "./nowhere"]
+        assert sum(hubs) == pytest.approx(DEADLINE) and hubs == pytest.approx([hubs[0]] * len(hubs))
+    assert DEADLINE + 5 < 30  # 5 s for imports and a slow disk
+
+
+@pytest.mark.slow
+def test_two_mute_hubs_cost_less_than_30_seconds_by_default(hub, tmp_path):
+    hub.faults.append(mute())
+    with seconds() as taken:
+        process = start(tmp_path, hub, FETCH, *PLACES)
+        _, err = process.communicate(timeout=60)
+    assert taken.seconds < 30 and err.count("was silent for 10 s") == 2
+
+
+@each_hub
+def test_silence_in_the_middle_of_a_body_is_given_up(hub, place):
+    hub.faults.append(stalling(WEIGHTS, BODY, 150_000))
+    with seconds() as taken:
+        line, = failures(place, deadline=0.6)
+    assert "was silent for 0.6 s" in line and nothing_cached()
+    assert taken.seconds < 2 * 0.6 + SLACK  # once from the last 128 KiB
+
+
+@pytest.mark.parametrize("fault", [dripping_header("resolve", 0.05), slow(WEIGHTS, BODY, 100, 0.05)], ids=["header", "body"])
+def test_a_server_that_drips_is_given_up(hub, fault):
+    hub.faults.append(fault)
+    with seconds() as taken:
+        line, = failures("hf:owner/name", deadline=0.6)
+    assert "was silent" in line and taken.seconds < 0.6 + SLACK
+
+
+def test_a_drip_in_small_chunks_is_no_progress(hub):
+    def chunked(request, part, start):
+        while not request.server.closing.wait(0.02):
+            yield b"1\r\nx\r\n"
+    answer = pieces(WEIGHTS, BODY, chunked)
+
+    def fault(request):
+        if WEIGHTS not in request.path:
+            return False
+        part = request.part
+        request.part = lambda body, headers=None: (200, {"Transfer-Encoding": "chunked"}, 0, part(body, headers)[3])
+        return answer(request)
+    hub.faults.append(fault)
+    with seconds() as taken:
+        line, = failures("hf:owner/name", deadline=0.6)
+    assert "was silent" in line and taken.seconds < 0.6 + SLACK
+
+
+def test_a_slow_line_that_keeps_bringing_bytes_may_take_longer_than_the_deadline(hub):
+    big = BODY + bytes(5 * QUANTUM)
+    hub.revisions["main"] = {**FILES, WEIGHTS: big}
+    hub.faults.append(slow(WEIGHTS, big, QUANTUM, 0.25))
+    with seconds() as taken:
+        found = fetch("hf:owner/name", deadline=1.0)
+    assert taken.seconds > 1.5 and (found.directory / WEIGHTS).read_bytes() == big
+
+
+def test_the_deadline_comes_from_the_environment_too(hub, monkeypatch):
+    hub.faults.append(mute())
+    monkeypatch.setenv("OMNI_ADAPTERS_DEADLINE", "0.3")
+    assert "was silent for 0.3 s" in failures("hf:owner/name", deadline=None)[0]
+    for wrong in ("soon", "0", "nan", "inf", "-1"):
+        monkeypatch.setenv("OMNI_ADAPTERS_DEADLINE", wrong)
+        with pytest.raises(BadInput, match="OMNI_ADAPTERS_DEADLINE"):
+            fetch("hf:owner/name", deadline=None)
+
+
+# ---- who is asked, and what they learn ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code, headers", [(401, {}), (403, {"X-Error-Code": "GatedRepo"})])
+@pytest.mark.parametrize("where", ["listing", "file"])
+@each_hub
+def test_a_gated_repository_says_what_to_do(hub, place, where, code, headers):
+    pattern = r"/(revision|models/owner/name|repo/files)(\?|$)" if where == "listing" else r"resolve|FilePath"
+    hub.faults.append(status(code, pattern, headers=headers))
+    line, = failures(place)
+    assert f"{code}" in line and "gated or private" in line and nothing_cached()
+    assert ("HF_TOKEN" in line and "accept its terms" in line) if place.startswith("hf") else "MODELSCOPE_API_TOKEN" in line
+
+
+@each_hub
+def test_a_token_goes_to_its_hub_and_nowhere_else(hub, monkeypatch, place):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret")
+    with running(FILES) as elsewhere:
+        hub.elsewhere = elsewhere.endpoint
+        assert is_whole(fetch(place))
+        sent = json.dumps([request.headers for request in hub.requests])
+        assert ("hf_secret" in sent, "ms_secret" in sent) == (place.startswith("hf"), place.startswith("ms"))
+        assert all("Authorization" in headers or "authorization" in headers for headers in (r.headers for r in hub.requests))
+        assert elsewhere.lines("cdn/" + WEIGHTS)
+        assert "secret" not in json.dumps([request.headers for request in elsewhere.requests])
+
+
+@each_hub
+def test_a_listing_that_is_redirected_takes_no_token_along(hub, monkeypatch, place):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret")
+    with running(FILES) as elsewhere:
+        hub.faults.append(lambda answer: answer.json({}, 307, {"Location": elsewhere.endpoint + answer.path}) is None)
+        with contextlib.suppress(WeightsUnavailable):  # allowed, not needed
+            fetch(place)
+        assert hub.lines() and elsewhere.lines()
+        assert "secret" not in json.dumps([request.headers for request in elsewhere.requests])
+
+
+def test_passwords_in_netrc_are_not_used(hub, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert is_whole(fetch("hf:owner/name"))
+    assert {request.headers.get("Authorization") for request in hub.requests if "resolve" in request.line} == {"Bearer hf_secret"}
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("http://a/x", "http://a:80/y", True), ("https://a", "https://a:443", True), ("https://A/x", "https://a/x", True),
+    ("http://a", "https://a", False), ("http://a", "http://a:81", False), ("http://a", "http://a.b", False),
+    ("https://a", "https://a@b", False),
+])
+def test_origins(one, other, same):
+    assert (origin(one) == origin(other)) == same
+
+
+def test_offline_sends_nothing_and_says_so(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = failures(*PLACES)
+    assert hub.lines() == [] and all("HF_HUB_OFFLINE is set and no whole copy is cached" in line for line in lines)
+    assert all("refresh" in line for line in failures(*PLACES, refresh=True)) and hub.lines() == []
+
+
+def test_endpoints_are_read_when_asked(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror/")
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "www.modelscope.ai")
+    assert endpoints() == {"Hugging Face": "http://mirror", "ModelScope": "https://www.modelscope.ai"}
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    monkeypatch.delenv("MODELSCOPE_ENDPOINT")
+    assert endpoints() == {"Hugging Face": "https://huggingface.co", "ModelScope": "https://www.modelscope.cn"}
+
+
+def test_probe(hub):
+    assert probe(hub.endpoint, 5) is None
+    hub.faults.append(status(500))
+    assert probe(hub.endpoint, 5) is None  # it answers
+    hub.faults[:] = [mute()]
+    with seconds() as taken:
+        assert "silent" in (probe(hub.endpoint, 0.3) or "") or "timed out" in (probe(hub.endpoint, 0.3) or "")
+    assert taken.seconds < 2 * 0.3 + SLACK
+    with closed_port() as port:
+        assert "refused" in (probe(f"http://127.0.0.1:{port}", 5) or "")
+    assert "\n" not in (probe("no url", 5) or "\n")
+
+
+# ---- what lies on the disk ---------------------------------------------------------------------------------------------
+
+
+def flip_on_disk(directory: Path, name: str = WEIGHTS) -> None:
+    (directory / name).write_bytes(flipped((directory / name).read_bytes()))
+
+
+def relabel(directory: Path) -> None:
+    facts = json.loads((directory / ".copy.json").read_text())
+    (directory / ".copy.json").write_text(json.dumps({**facts, "revision": "0" * 40}))
+
+
+DAMAGE = {
+    "flipped weights": (flip_on_disk, "have changed since"),
+    "flipped config": (lambda d: flip_on_disk(d, "config.json"), "have changed since"),
+    "truncated": (lambda d: (d / WEIGHTS).write_bytes(BODY[:-1]), "bytes long"),
+    "absent": (lambda d: (d / "notes.txt").unlink(), "is absent"),
+    "planted": (lambda d: (d / "model-00009-of-00009.safetensors").write_bytes(b""), "was not fetched with the rest"),
+    "relabelled": (relabel, "is not as it was written"),
+    "no manifest": (lambda d: (d / ".copy.json").unlink(), "does not read"),
+    "no JSON": (lambda d: (d / ".copy.json").write_text("{"), "does not read"),
+    "no fields": (lambda d: (d / ".copy.json").write_text("{}"), "does not read"),
+}
+
+
+@each_hub
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
+def test_a_copy_that_changed_is_set_aside_and_fetched_again(hub, monkeypatch, place, damage, message):
+    found = fetch(place)
+    damage(found.directory)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line, = failures(place)  # no way to heal it, no way around it
+    assert message in line and found.directory.is_dir()
+    assert [copy.ok for copy in cached_copies(verify=True)] == ([] if message == "does not read" and not
+                                                                (found.directory / ".copy.json").exists() else [False])
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.warns(UserWarning, match=message):
+        healed = fetch_weights("Test", [place])
+    assert healed == found and is_whole(healed)
+    aside, = found.directory.parent.glob(".bad-*")
+    assert not is_whole(Weights(aside, "")) or message in ("is not as it was written", "does not read")
+    assert fetch(place) == found and len(cached_copies()) == 1
+
+
+def test_only_the_last_bad_copy_is_kept(hub):
+    found = fetch("hf:owner/name")
+    for _ in range(3):
+        flip_on_disk(found.directory)
+        with pytest.warns(UserWarning, match="set aside"):
+            fetch_weights("Test", ["hf:owner/name"])
+    assert len(list(found.directory.parent.glob(".bad-*"))) == 1
+
+
+def test_without_verify_sizes_alone_are_compared(hub):
+    found = fetch("hf:owner/name")
+    flip_on_disk(found.directory)
+    assert fetch("hf:owner/name", verify=False) == found
+    assert [copy.ok for copy in cached_copies()] == [None]
+    (found.directory / WEIGHTS).write_bytes(BODY[:-1])
+    assert [copy.ok for copy in cached_copies()] == [False]
+    with pytest.warns(UserWarning, match="bytes long"):
+        assert is_whole(fetch_weights("Test", ["hf:owner/name"], verify=False))
+
+
+def test_a_copy_of_something_else_is_not_taken_for_it(hub):
+    found = fetch("hf:owner/name")
+    other = found.directory.parent.with_name("owner--other") / found.directory.name
+    other.parent.mkdir()
+    found.directory.rename(other)
+    message = "holds 'hf:owner/name', not hf:owner/other"
+    with pytest.warns(UserWarning, match=message), pytest.raises(WeightsUnavailable) as caught:
+        fetch_weights("Test", ["hf:owner/other"])
+    line, = caught.value.failures
+    assert "404" in line or "RepositoryNotFound" in line  # the copy is no answer, and the hub has none
+
+
+def test_a_cache_that_cannot_be_written_to_is_one_line(hub, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OMNI_ADAPTERS_CACHE", str(tmp_path / "file"))
+    line, = failures("hf:owner/name")
+    assert "file" in line
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("OMNI_ADAPTERS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "omni_adapters" / "weights"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "omni_adapters" / "weights"
+
+
+# ---- several processes -------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_killed_download_leaves_nothing_that_counts(hub, tmp_path):
+    hub.faults.append(stalling(WEIGHTS, BODY, 2 * QUANTUM, times=1))
+    process = start(tmp_path, hub, FETCH, "hf:owner/name")
+    wait_until(lambda: any(path.stat().st_size >= QUANTUM for path in cache_folder().rglob(f".*.partial/{WEIGHTS}")))
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert list(cache_folder().rglob("*.partial")) and cached_copies() == []
+    found = fetch("hf:owner/name")
+    assert is_whole(found) and not list(cache_folder().rglob("*.partial"))
+
+
+def test_two_processes_at_once_download_once(hub, tmp_path):
+    hub.faults.append(slow(WEIGHTS, BODY, 100_000, 0.5))
+    both = [start(tmp_path, hub, FETCH, "hf:owner/name") for _ in range(2)]
+    assert len({output(process) for process in both}) == 1
+    assert is_whole(fetch("hf:owner/name")) and len(hub.lines(WEIGHTS)) == 1
+
+
+def test_threads_at_once_download_once(hub):
+    hub.faults.append(slow(WEIGHTS, BODY, 100_000, 0.1))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fetch_weights("Test", ["ms:owner/name"]))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 4 and len(set(found)) == 1 and is_whole(found[0]) and len(hub.lines(WEIGHTS)) == 1
+
+
+def test_a_process_that_stands_still_is_not_waited_for(hub):
+    slot = weight_cache.slot_of("hf", "owner/name", None)
+    slot.directory.parent.mkdir(parents=True)
+    with open(slot.directory.with_name(f".{slot.directory.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with seconds() as taken:
+            assert is_whole(fetch("hf:owner/name", deadline=1.0))
+    assert 0.5 <= taken.seconds < 0.5 + SLACK
+
+
+def test_a_rival_that_was_faster_wins_and_its_partial_work_is_left_alone(hub, monkeypatch):
+    """As on a file system without locks: everybody downloads, and the first copy stays."""
+    monkeypatch.setattr(weight_cache, "lock", lambda file: None)
+    slot = weight_cache.slot_of("hf", "owner/name", None)
+    rival = slot.directory.with_name(f".{slot.directory.name}.{'0' * 8}.partial")
+    rival.mkdir(parents=True)
+    hub.faults.append(slow(WEIGHTS, BODY, 100_000, 0.1))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fetch_weights("Test", ["hf:owner/name"]))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 3 and is_whole(found[0]) and len(hub.lines(WEIGHTS)) > 1
+    assert rival.is_dir() and list(cache_folder().rglob("*.partial")) == [rival]
+
+
+# ---- directories and candidates ----------------------------------------------------------------------------------------
+
+
+def test_absent_ids_fall_through_and_offline_uses_what_is_cached(hub, monkeypatch):
     places = ["ms:owner/absent", "hf:owner/absent", "owner/name"]
-    with fake_hub() as hub:
-        got = fetch(tmp_path, hub.server_port, *places)
-        assert got["source"] == "hf:owner/name"
-        assert any("/v1/models/owner/absent" in path for path in hub.requests)
-        hub.requests.clear()
-        assert fetch(tmp_path, hub.server_port, *places, HF_HUB_OFFLINE="1") == got
-        absent = fetch(tmp_path, hub.server_port, *places[:2], HF_HUB_OFFLINE="1")
-        assert hub.requests == []
-    assert len(absent["failures"]) == 2 and all("HF_HUB_OFFLINE is set" in failure for failure in absent["failures"])
+    found = fetch(*places)
+    assert found.source == "hf:owner/name" and hub.lines("/v1/models/owner/absent")
+    hub.requests.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch(*places) == found
+    assert all("HF_HUB_OFFLINE is set" in line for line in failures(*places[:2])) and hub.lines() == []
 
 
 def test_directories_in_order_and_their_failures(tmp_path):
     empty, whole = tmp_path / "empty", tmp_path / "whole"
     empty.mkdir()
     whole.mkdir()
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", WEIGHTS):
         (whole / name).write_bytes(FILES[name])
-    found = fetch_weights("Test", [tmp_path / "nowhere", empty, whole])
-    assert found == (whole, str(whole))
+    assert fetch(tmp_path / "nowhere", empty, whole) == (whole, str(whole))
     with pytest.raises(WeightsUnavailable) as caught:
         fetch_weights("Test", [tmp_path / "nowhere", str(empty), "./no/such"], ["config.json", "other.json"])
     assert isinstance(caught.value, OSError) and caught.value.where == "Test"
@@ -182,6 +787,13 @@ def test_directories_in_order_and_their_failures(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("candidate", ["hf:", "hf:../up", "ms:a/b/c", "hf:a/b@", "ms:a/b@../x", "hf:a b", "hf:a/b@c d",
+                                       "hf:a/b@c@d"])
+def test_candidates_that_are_none_send_nothing(hub, candidate):
+    line, = failures(candidate)
+    assert "owner/name@revision" in line and hub.lines() == []
+
+
 def test_shards_are_all_required(tmp_path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -189,3 +801,9 @@ def test_shards_are_all_required(tmp_path):
     assert missing_files(tmp_path, []) == ["model-00002-of-00002.safetensors"]
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
     assert missing_files(tmp_path, []) == []
+
+
+def test_importing_the_module_imports_no_client():
+    code = ("import omni_adapters.encoders.weights\n"
+            "sys.exit(bool({'requests', 'huggingface_hub', 'modelscope'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", LIGHT + code]).returncode == 0
