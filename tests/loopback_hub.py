@@ -163,7 +163,14 @@ class Answer(BaseHTTPRequestHandler):
             rows = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                     for name, data in repo.commits[sha].items()]
             return 200, {}, rows
-        return 200, {}, {"id": repo_id, "sha": sha, "private": repo.private, "siblings": []}
+        siblings = [self.listed(name, data) for name, data in repo.commits[sha].items()]
+        return 200, {}, {"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings}
+
+    def listed(self, name: str, data: bytes) -> dict[str, Any]:
+        if not data.startswith(b"lfs:"):
+            return {"rfilename": name, "size": len(data), "blobId": git_oid(data)}
+        size = len(self.server.objects[git_oid(data)])
+        return {"rfilename": name, "size": size, "blobId": None, "lfs": {"sha256": git_oid(data), "size": size, "pointerSize": 0}}
 
     def commit(self, repo: Repository, repo_id: str, branch: str, lines: list[Any]) -> tuple[int, dict[str, str], Any]:
         if branch not in repo.branches:
@@ -214,6 +221,7 @@ def hub_for_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     close_session()  # the client that the next request makes sees no proxies
     logging.set_verbosity_error()  # for good: threads left behind go on to warn when the test is over
     monkeypatch.setattr(hub, "PREFLIGHT_TIMEOUT", 2.0)
+    monkeypatch.setenv("OMNI_ADAPTERS_CACHE", str(tmp_path / "weights"))
     with running_hub() as running:
         template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         settings = {"ENDPOINT": running.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template,

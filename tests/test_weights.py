@@ -40,7 +40,18 @@ from weights_hub import (
 )
 
 from omni_adapters.encoders import weight_cache, weight_transfer, weights
-from omni_adapters.encoders.weight_transfer import QUANTUM, RETRIES, Dropped, Line, Patience, RemoteFile, download, origin
+from omni_adapters.encoders.weight_hubs import check_client_copy
+from omni_adapters.encoders.weight_transfer import (
+    QUANTUM,
+    RETRIES,
+    Damaged,
+    Dropped,
+    Line,
+    Patience,
+    RemoteFile,
+    download,
+    origin,
+)
 from omni_adapters.encoders.weights import (
     DEADLINE,
     Weights,
@@ -211,6 +222,9 @@ def test_both_real_clients_accept_the_servers_and_what_they_cached_is_used_unles
     blob.write_bytes(flipped(BODY))
     assert is_whole(fetch("hf:owner/name")) and (hf / WEIGHTS).read_bytes() == flipped(BODY)  # others' files stay as they are
     assert hub.lines(WEIGHTS)
+    (Path(ms) / WEIGHTS).write_bytes(BODY[:-1])  # no hash is known of it, but its length is
+    with pytest.raises(Damaged, match=f"{len(BODY) - 1} bytes, its header says {len(BODY)}"):
+        check_client_copy(ms)
 
 
 @each_hub
@@ -553,6 +567,14 @@ def test_a_listing_that_is_redirected_takes_no_token_along(hub, monkeypatch, pla
         assert "secret" not in json.dumps([request.headers for request in elsewhere.requests])
 
 
+def test_a_redirect_at_home_keeps_the_token(hub, monkeypatch):
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret")
+    hub.faults.append(status(302, "FilePath=config.json$", headers={"Location": "/cdn/config.json"}))
+    assert is_whole(fetch("ms:owner/name"))
+    moved, = (request for request in hub.requests if "cdn" in request.line)
+    assert moved.headers["Authorization"] == "Bearer ms_secret"
+
+
 def test_passwords_in_netrc_are_not_used(hub, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -582,6 +604,7 @@ def test_endpoints_are_read_when_asked(monkeypatch):
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "www.modelscope.ai")
     assert endpoints() == {"Hugging Face": "http://mirror", "ModelScope": "https://www.modelscope.ai"}
     monkeypatch.setenv("HF_ENDPOINT", "")
+    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
     monkeypatch.delenv("MODELSCOPE_ENDPOINT")
     assert endpoints() == {"Hugging Face": "https://huggingface.co", "ModelScope": "https://www.modelscope.cn"}
 
@@ -710,6 +733,40 @@ def test_a_killed_download_leaves_nothing_that_counts(hub, tmp_path):
     assert list(cache_folder().rglob("*.partial")) and cached_copies() == []
     found = fetch("hf:owner/name")
     assert is_whole(found) and not list(cache_folder().rglob("*.partial"))
+
+
+def test_whoever_waits_for_a_process_that_is_killed_takes_over(hub, tmp_path):
+    hub.faults.append(stalling(WEIGHTS, BODY, 2 * QUANTUM, times=1))
+    process = start(tmp_path, hub, FETCH, "hf:owner/name")
+    wait_until(lambda: hub.lines(WEIGHTS))
+    found: list[Weights] = []
+    waiting = threading.Thread(target=lambda: found.append(fetch_weights("Test", ["hf:owner/name"], deadline=20.0)))
+    waiting.start()
+    time.sleep(0.2)
+    assert len(hub.lines(WEIGHTS)) == 1  # it waits
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    with seconds() as taken:
+        waiting.join(30)
+    assert is_whole(found[0]) and taken.seconds < SLACK + 1  # not the 10 s after which it would go on alone
+
+
+def test_those_who_wait_for_a_mute_hub_wait_no_longer_than_the_first(hub):
+    hub.faults.append(mute())
+    lines: list[str] = []
+
+    def ask() -> None:  # without pytest.raises and warning filters, which threads share
+        try:
+            fetch_weights("Test", ["ms:owner/name"], deadline=1.0)
+        except WeightsUnavailable as error:
+            lines.extend(error.failures)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    with seconds() as taken:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert len(lines) == 4 and all("was silent for 1 s" in line for line in lines) and taken.seconds < 1 + SLACK
 
 
 def test_two_processes_at_once_download_once(hub, tmp_path):

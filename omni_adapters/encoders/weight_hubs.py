@@ -26,7 +26,7 @@ from omni_adapters.encoders.weight_transfer import Damaged, Line, Patience, Refu
 # fp32 twins (`model.fp32-00001-of-00002.safetensors`), other frameworks' weights, pickles and subfolders stay where they are.
 WANTED_FILES = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
 MAX_LISTING = 32 << 20  # bytes of a listing
-HUGGING_FACE, MODELSCOPE = "https://huggingface.co", "https://www.modelscope.cn"
+MODELSCOPE = "https://www.modelscope.cn"
 TRUE = {"1", "ON", "YES", "TRUE"}
 COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -63,7 +63,10 @@ class HuggingFace:
     label = "Hugging Face"
 
     def endpoint(self) -> str:
-        return _url(os.environ.get("HF_ENDPOINT"), HUGGING_FACE)
+        """Where the environment says nothing, what the client was set to when it was imported."""
+        from huggingface_hub import constants
+
+        return _url(os.environ.get("HF_ENDPOINT"), constants.ENDPOINT)
 
     def token(self) -> str | None:
         from huggingface_hub import constants, get_token
@@ -173,11 +176,12 @@ def probe(url: str, timeout: float) -> str | None:
     return None
 
 
-def check_client_copy(directory: Path) -> None:
-    """Damaged unless the wanted files of a client's copy are what their names (Hugging Face) and headers say."""
+def check_client_copy(directory: Path, verify: bool = True) -> None:
+    """Damaged unless the wanted files of a client's copy are as long as their headers say and, with `verify`, what they are
+    named after (Hugging Face)."""
     for path in (directory / name for name in wanted(path.name for path in wanted_in(directory))):
-        blob = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
         check_safetensors_size(path)
+        blob = os.path.basename(os.readlink(path)) if verify and path.is_symlink() else ""
         if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob) and _content_name(path, blob) != blob:
             raise Damaged(f"{path}: its bytes are not those it is named after; delete it")
 

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -110,6 +109,8 @@ class Line:
     """Requests to one hub: `identity` (headers that carry a token) goes to the endpoint's origin only."""
 
     def __init__(self, endpoint: str, identity: Mapping[str, str], patience: Patience) -> None:
+        from http.cookiejar import DefaultCookiePolicy
+
         import requests
 
         from omni_adapters import __version__

@@ -222,7 +222,7 @@ def _at_hand(hub: Hub, slot: Slot, name: str, revision: str | None, call: Call) 
     if client_copy is None:
         raise failure
     _complete(client_copy, call.required)
-    check_client_copy(client_copy)
+    check_client_copy(client_copy, call.verify)
     return client_copy
 
 
