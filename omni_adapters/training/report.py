@@ -1,4 +1,6 @@
-"""What a finished run leaves for people: metrics.json, loss.png, pca.png, layer_mix.png where layers are mixed, and a table."""
+"""What a finished run leaves for people: metrics.json, loss.png, pca.png, layer_mix.png where layers are mixed, and a table on
+the terminal.
+"""
 
 from __future__ import annotations
 
