@@ -5,6 +5,8 @@
     omni-adapters cost --depth 12 --soft 188 --text 256 --batch 16 --gpu h200 --stage 1
     omni-adapters doctor                                              # what works here, and what to do where it does not
     omni-adapters eval --suite audiobench-mini --reference runs/gpt --adapter runs/instruct/adapter.safetensors
+
+Notable: only the command that is asked for adds its options and imports what it needs, so the doctor runs where torch does not.
 """
 
 from __future__ import annotations
@@ -15,65 +17,76 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from omni_adapters import doctor
-from omni_adapters.cost import MACHINES, as_json, cost, describe
-from omni_adapters.data.extract import write_shards
-from omni_adapters.data.manifest import read_manifest
-from omni_adapters.data.shard_format import DTYPES
-from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.shapes import BadInput, MissingExtra
-from omni_adapters.step_counts import ENCODERS
-from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_host_options, add_layer_option, host_of
-from omni_adapters.training.sources import identity, open_encoder
+
+
+class Command(NamedTuple):
+    """A word behind `omni-adapters`: `add(options)` says what may follow it, `run(args)` does it and returns an exit code, or
+    None for 0."""
+
+    help: str
+    description: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one message on stderr for input that cannot be used: a line, and one for each bad clip. Of the
     doctor, 1 if something that the library needs is broken."""
-    args = parser().parse_args(arguments)
-    args.typed = shlex.join(["omni-adapters", *(sys.argv[1:] if arguments is None else arguments)])
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser(next((word for word in given if not word.startswith("-")), "")).parse_args(given)
+    args.typed = shlex.join(["omni-adapters", *given])
     try:
         code: int | None = args.run(args)
-    except (BadInput, MissingExtra, WeightsUnavailable, OSError) as error:
+    except (BadInput, MissingExtra, OSError) as error:  # WeightsUnavailable is an OSError
         print(f"omni-adapters {args.command}: {error}", file=sys.stderr)
         return 2
     return code or 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(command: str) -> argparse.ArgumentParser:
+    """Every command by its name, and the options of this one."""
     top = argparse.ArgumentParser(prog="omni-adapters", description="Give any nanochat-style GPT ears, without editing it")
     commands = top.add_subparsers(dest="command", required=True)
-    extract = commands.add_parser("extract", help="run a frozen encoder once over a manifest, into feature shards",
-                                  description="Run again, it goes on where it was stopped. Under torchrun ranks share the work.")
-    extract.add_argument("--manifest", type=Path, required=True, help='JSON Lines: {"audio": path, "text": …, "seconds": …}')
-    extract.add_argument("--encoder", required=True, help=ENCODER_HELP)
-    add_context_option(extract)
-    add_layer_option(extract)
-    extract.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    extract.add_argument("--samples-per-shard", type=int, default=256, help="clips in a tar file (default %(default)s)")
-    extract.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the features (default %(default)s)")
-    extract.add_argument("--batch-seconds", type=float, default=240.0, help="sound in an encoder batch (default %(default)s)")
-    extract.add_argument("--max-seconds", type=float, default=600.0, help="longest clip to decode (default %(default)s)")
-    extract.add_argument("--skip-bad", action="store_true", help="store clips that cannot be encoded as skipped, with the "
-                         "reason, and go on; a folder begun without this keeps what is finished")
-    extract.add_argument("--device", default="cpu", help="where the encoder runs (default %(default)s); cuda is cuda:LOCAL_RANK")
-    extract.set_defaults(run=run_extract)
-    add_cost(commands.add_parser("cost", help="what a training step takes: time, memory, price; computed, nothing runs",
-                                 description="Computed from counted FLOPs and bytes, for one micro-batch on each GPU."))
-    look = commands.add_parser("doctor", help="what works here: packages, sources, cache, devices; and what to do",
-                                 description="Exit code 1 if a required package is missing or fails to import.")
-    look.add_argument("--timeout", type=float, default=5.0, help="seconds that all looks take at most (default %(default)s)")
-    look.add_argument("--json", action="store_true", help="for programs")
-    look.set_defaults(run=run_doctor)
-    add_eval(commands.add_parser("eval", help="questions about sound, and whether the answers come from hearing it",
-                                 description="Asks with its own sound, another's, silence, the transcript, and a recogniser's."))
+    for name, (told, description, add, run) in COMMANDS.items():
+        options = commands.add_parser(name, help=told, description=description)
+        options.set_defaults(run=run)
+        if name == command:
+            add(options)
     return top
 
 
+def add_extract(options: argparse.ArgumentParser) -> None:
+    from omni_adapters.data.shard_format import DTYPES
+    from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_layer_option
+
+    options.add_argument("--manifest", type=Path, required=True, help='JSON Lines: {"audio": path, "text": …, "seconds": …}')
+    options.add_argument("--encoder", required=True, help=ENCODER_HELP)
+    add_context_option(options)
+    add_layer_option(options)
+    options.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    options.add_argument("--samples-per-shard", type=int, default=256, help="clips in a tar file (default %(default)s)")
+    options.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the features (default %(default)s)")
+    options.add_argument("--batch-seconds", type=float, default=240.0, help="sound in an encoder batch (default %(default)s)")
+    options.add_argument("--max-seconds", type=float, default=600.0, help="longest clip to decode (default %(default)s)")
+    options.add_argument("--skip-bad", action="store_true", help="store clips that cannot be encoded as skipped, with the "
+                         "reason, and go on; a folder begun without this keeps what is finished")
+    options.add_argument("--device", default="cpu", help="where the encoder runs (default %(default)s); cuda is cuda:LOCAL_RANK")
+
+
+def add_doctor(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--timeout", type=float, default=10.0, help="seconds that all looks take at most (default %(default)s)")
+    options.add_argument("--json", action="store_true", help="for programs")
+
+
 def add_cost(options: argparse.ArgumentParser) -> None:
+    from omni_adapters.cost import MACHINES
+    from omni_adapters.step_counts import ENCODERS
+
     options.add_argument("--depth", type=int, default=12, help="layers of a nanochat (default %(default)s)")
     options.add_argument("--soft", type=int, default=188, help="soft tokens of a row (default %(default)s, 30 s of sound)")
     options.add_argument("--text", type=int, default=256, help="text tokens of a row (default %(default)s)")
@@ -92,17 +105,18 @@ def add_cost(options: argparse.ArgumentParser) -> None:
     options.add_argument("--encoder", default="whisper-base", help=f"one of {', '.join(ENCODERS)} (default %(default)s)")
     options.add_argument("--online", action="store_true", help="the encoder runs in each step; without, shards")
     options.add_argument("--json", action="store_true", help="for programs: seconds and bytes")
-    options.set_defaults(run=run_cost)
 
 
 def add_eval(options: argparse.ArgumentParser) -> None:
+    from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_host_options, add_layer_option
+
     options.add_argument("--suite", required=True, help="audiobench-mini, a file of questions (JSON Lines), mmau:PATH or "
                          "audiobench:PATH of a local copy")
     add_host_options(options)
     options.add_argument("--adapter", type=Path, required=True, help="what a training run saved")
-    options.add_argument("--encoder", help="log_mel, or a Whisper: a directory, an id, hf:id or ms:id (default: the one that the "
-                         "adapter names, from where it names it)")
+    options.add_argument("--encoder", help=f"{ENCODER_HELP} (default: the one that the adapter names, from where it names it)")
     add_context_option(options)
+    add_layer_option(options)
     options.add_argument("--device", default="cpu", help="default %(default)s")
     options.add_argument("--no-cascade", action="store_true", help="leave the recogniser out, which takes about as long as the "
                          "sound lasts")
@@ -110,10 +124,14 @@ def add_eval(options: argparse.ArgumentParser) -> None:
     options.add_argument("--max-answer", type=int, default=128, help="tokens of a transcription (default %(default)s)")
     options.add_argument("--out", type=Path, help="the report, FILE.json; a picture, FILE.png, lies beside it (default "
                          "runs/SUITE.json)")
-    options.set_defaults(run=run_eval)
 
 
 def run_extract(args: argparse.Namespace) -> None:
+    from omni_adapters.data.extract import write_shards
+    from omni_adapters.data.manifest import read_manifest
+    from omni_adapters.data.shard_format import DTYPES
+    from omni_adapters.training.sources import identity, open_encoder
+
     rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = read_manifest(args.manifest)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
@@ -126,6 +144,8 @@ def run_extract(args: argparse.Namespace) -> None:
 
 
 def run_cost(args: argparse.Namespace) -> None:
+    from omni_adapters.cost import as_json, cost, describe
+
     found = cost(gpu=args.gpu, depth=args.depth, soft=args.soft, text=args.text, batch=args.batch, stage=args.stage,
                  gpus=args.gpus, engine=args.engine, price=args.price, rank=args.rank, stack=args.stack,
                  frame_rate=args.frame_rate, vocab_size=args.vocab, encoder=args.encoder, online=args.online,
@@ -135,6 +155,8 @@ def run_cost(args: argparse.Namespace) -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
+    from omni_adapters import doctor
+
     findings = doctor.examine(args.timeout)
     text = json.dumps(doctor.as_json(findings), indent=1) if args.json else doctor.describe(findings)
     print(doctor.in_encoding(text, sys.stdout.encoding))
@@ -152,15 +174,18 @@ def run_eval(args: argparse.Namespace) -> None:
     from omni_adapters.fingerprints import digest
     from omni_adapters.model import OmniGPT
     from omni_adapters.training.hosts import open_host
+    from omni_adapters.training.options import host_of
+    from omni_adapters.training.sources import open_encoder
 
     began = time.perf_counter()
     suite = open_suite(args.suite)
     out = check_target(args.out or Path("runs") / f"{suite.name}.json")
-    if args.encoder is None and args.context != "full":
-        raise BadInput("eval", f"--context {args.context} without --encoder", "the context that the adapter names",
+    if args.encoder is None and (args.context != "full" or args.layer is not None):
+        came, wanted = (f"--context {args.context}", "context") if args.layer is None else (f"--layer {args.layer}", "layer")
+        raise BadInput("eval", f"{came} without --encoder", f"the {wanted} that the adapter names",
                        "leave it out, or name the encoder")
     gpt, tokenizer = open_host(*host_of(args), args.device)
-    encoder = None if args.encoder is None else open_encoder(args.encoder, args.device, args.context)
+    encoder = None if args.encoder is None else open_encoder(args.encoder, args.device, args.context, args.layer)
     omni = OmniGPT.load_adapter(args.adapter, gpt, encoder=encoder)
     if isinstance(omni.encoder, nn.Module):
         omni.encoder.to(args.device)
@@ -172,6 +197,19 @@ def run_eval(args: argparse.Namespace) -> None:
     written = write_report(out, report)
     print(scoreboard(report))
     print(*written, sep="\n")
+
+
+COMMANDS = {
+    "extract": Command("run a frozen encoder once over a manifest, into feature shards",
+                       "Run again, it goes on where it was stopped. Under torchrun ranks share the work.",
+                       add_extract, run_extract),
+    "cost": Command("what a training step takes: time, memory, price; computed, nothing runs",
+                    "Computed from counted FLOPs and bytes, for one micro-batch on each GPU.", add_cost, run_cost),
+    "doctor": Command("what works here: packages, sources, cache, devices; and what to do",
+                      "Exit code 1 if a required package is missing or fails to import.", add_doctor, run_doctor),
+    "eval": Command("questions about sound, and whether the answers come from hearing it",
+                    "Asks with its own sound, another's, silence, the transcript, and a recogniser's.", add_eval, run_eval),
+}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Notable:
 - what is required and what each extra brings is read from the installed package's own metadata, so there is no second list
 
 A finding is ✓ (works), – (absent, not asked, or not known in time) or ✗ (a problem). Only a required package that is missing or
-fails to import makes the library unusable, which is `Finding.fatal`. The package itself imports torch, numpy and safetensors:
-where one of those fails, so does importing this module.
+fails to import makes the library unusable, which is `Finding.fatal`. This module imports none of them, and is what
+`omni-adapters doctor` imports first: it runs where torch does not.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from omni_adapters.shapes import BadInput, MissingExtra
 DISTRIBUTION = "omni-adapters"
 GOOD, NEITHER, BAD = "✓", "–", "✗"
 WITHOUT_UNICODE = str.maketrans({GOOD: "+", NEITHER: "-", BAD: "x", "→": ">", "·": ",", "…": "."})
+SILENT = "no answer within"
 WIDTH = 100         # columns of the page
 MOST_COPIES = 8     # cached copies on the page; --json has all
 LEAST_FREE = 10**9  # bytes: less is a problem, as the smaller encoders take some hundred megabytes
@@ -54,7 +55,7 @@ IMPORT_ALONE = textwrap.dedent("""
         os._exit(1)
     os._exit(0)
 """)
-ASK_CUDA = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from omni_adapters.doctor import ask_cuda; ask_cuda()"
+ASK_TORCH = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from omni_adapters.doctor import ask_torch; ask_torch()"
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,14 @@ class Late:
     """Stands for the result of a task that was not done at the deadline."""
 
 
-def examine(timeout: float = 5.0) -> list[Finding]:
+def examine(timeout: float = 10.0) -> list[Finding]:
     """All findings, in at most `timeout` seconds (and what a thread takes to start). Raises BadInput if that is not positive."""
     if not 0 < timeout < float("inf"):
         raise BadInput("doctor", f"--timeout {timeout}", "a positive number of seconds")
     required, extras = requirements()
     modules = {one.name: one.module for one in [*required.values(), *(one for many in extras.values() for one in many)]}
     modules["triton"] = "triton"
+    modules.pop("torch", None)  # takes longest: the child that asks for devices imports it, no second one
     tasks: dict[str, Callable[[], Any]] = {f"import {name}": partial(import_failure, module, module in sys.modules, timeout)
                                            for name, module in modules.items()}
     tasks |= {name: partial(source_failure, name, timeout) for name in SOURCES if not offline()}
@@ -101,6 +103,7 @@ def examine(timeout: float = 5.0) -> list[Finding]:
               "accelerators": partial(accelerators, timeout)}
     done = results(tasks, timeout)
     imported = {name[len("import "):]: failure for name, failure in done.items() if name.startswith("import ")}
+    imported["torch"] = torch_failure(done["accelerators"])
     return [*about_versions(required, imported, timeout), *about_extras(extras, imported, timeout),
             *about_sources(done, timeout), *about_cache(done["folder"], done["copies"], timeout),
             *about_devices(done["accelerators"], imported["triton"], timeout), about_speech(done["espeak-ng"], timeout)]
@@ -303,11 +306,11 @@ def about_cache(folder: Any, copies: Any, timeout: float) -> list[Finding]:
 
 def about_folder(result: Any, timeout: float) -> Finding:
     if not isinstance(result, tuple):
-        return Finding("cache", "folder", BAD, unanswered(result, timeout), "set HF_HOME to a folder that can be read")
+        return Finding("cache", "folder", BAD, unanswered(result, timeout), "set OMNI_ADAPTERS_CACHE to one that can be read")
     folder, free = result
     little = free < LEAST_FREE
     return Finding("cache", "folder", BAD if little else GOOD, f"{folder} · {size(free)} free",
-                   "make room, or set HF_HOME to a folder on another disk" if little else "",
+                   "make room, or set OMNI_ADAPTERS_CACHE to a folder on another disk" if little else "",
                    values={"directory": str(folder), "free_bytes": free})
 
 
@@ -322,13 +325,14 @@ def about_copy(copy: CachedCopy) -> Finding:
 
 
 def accelerators(timeout: float) -> dict[str, Any]:
-    """What `ask_cuda` prints, gathered: {"devices": [[name, bytes], …], "kernels": None if they run, or why not}, as far as it
-    came. {} where torch is built without CUDA and ROCm."""
-    import torch
-
-    if torch.version.cuda is None and torch.version.hip is None:
-        return {}
-    child = subprocess.Popen([sys.executable, "-c", ASK_CUDA, json.dumps(sys.path)], stdin=subprocess.DEVNULL,
+    """What `ask_torch` prints, gathered, as far as it came: {"built": whether torch is built for GPUs, "mps": whether it has an
+    Apple one, "devices": [[name, bytes], …], "kernels": None if they run, or why not}, or {"torch": why it does not import}. A
+    torch that is here says the first two by itself."""
+    here = sys.modules.get("torch")
+    built = {} if here is None else built_for(here)
+    if built.get("built") is False:
+        return built
+    child = subprocess.Popen([sys.executable, "-c", ASK_TORCH, json.dumps(sys.path)], stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
         printed, errors = child.communicate(timeout=0.95 * timeout)
@@ -336,15 +340,43 @@ def accelerators(timeout: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         child.kill()
         output = error.stdout or b""  # bytes, whatever `text` says: bpo-43423
-        printed, last = output.decode(errors="replace"), f"no answer within {timeout:g} s"
-    found: dict[str, Any] = {"kernels": last}
+        printed, last = output.decode(errors="replace"), f"{SILENT} {timeout:g} s"
+    found: dict[str, Any] = built | {"kernels": last}
     for line in re.findall(r"^\{.*\}$", printed, re.MULTILINE):
         found |= json.loads(line)
     return {"error": last} | found
 
 
+def torch_failure(found: Any) -> Any:
+    """Of what `accelerators` returned, or why there is nothing, the same as `import_failure` says of other packages."""
+    if find_spec("torch") is None:
+        return ""
+    if not isinstance(found, dict):
+        return found
+    if "built" in found:
+        return None
+    return Late if found["error"].startswith(SILENT) else found.get("torch", found["error"])
+
+
+def built_for(torch: Any) -> dict[str, bool]:
+    return {"built": torch.version.cuda is not None or torch.version.hip is not None, "mps": torch.backends.mps.is_available()}
+
+
+def ask_torch() -> None:
+    """The child's part of `accelerators`: prints lines of JSON, what comes soon before what may hang."""
+    try:
+        import torch
+    except BaseException as error:  # a broken package may raise anything
+        print(json.dumps({"error": "torch does not import", "torch": in_one_line(error)}), flush=True)
+        return
+    built = built_for(torch)
+    print(json.dumps(built), flush=True)
+    if built["built"]:
+        ask_cuda()
+
+
 def ask_cuda() -> None:
-    """The child's part of `accelerators`: prints a line of JSON on the devices, and one on the kernels, which takes longer."""
+    """Prints a line of JSON on the devices, and one on the kernels, which takes longer."""
     import torch
 
     try:
@@ -386,14 +418,16 @@ def about_devices(found: Any, triton: Any, timeout: float) -> list[Finding]:
              for index, (name, memory) in enumerate(answer.get("devices", []))]
     if len(rows) == 1:
         rows.append(about_no_cuda(answer))
-    if has_mps():
+    if answer.get("mps"):
         rows.append(Finding("devices", "mps", GOOD, "Apple GPU, in the memory above"))
     return [*rows, about_kernels(answer, triton, timeout)]
 
 
 def about_no_cuda(answer: Mapping[str, Any]) -> Finding:
-    if not answer:
+    if answer.get("built") is False:
         return Finding("devices", "cuda", NEITHER, "this torch is built without it", values={"error": None})
+    if "built" not in answer:
+        return Finding("devices", "cuda", NEITHER, f"not known: {answer.get('error')}", values={"error": answer.get("error")})
     return Finding("devices", "cuda", BAD, f"torch is built for it; {answer.get('error', 'no device')}",
                    "see what nvidia-smi says of the driver, and CUDA_VISIBLE_DEVICES", values={"error": answer.get("error")})
 
@@ -408,18 +442,13 @@ def about_kernels(answer: Mapping[str, Any], triton: Any, timeout: float) -> Fin
     if state:
         return here(state.mark, f"{version} {state.says}", state.todo or "pip install --force-reinstall triton")
     if not devices:
-        return here(NEITHER, f"{version} · without a CUDA device the loss takes its chunked form")
+        return here(NEITHER, f"{version} · " + ("without a CUDA device the loss takes its chunked form" if "built" in answer else
+                                                "not tried: whether there is a CUDA device is not known"))
     if failure is None:
         return here(GOOD, f"{version} · the kernels run")
-    if failure.startswith("no answer"):
+    if failure.startswith(SILENT):
         return here(NEITHER, f"{version} · the kernels: {failure}", waits_longer(12 * timeout))
     return here(BAD, f"{version} · {failure}", 'impl="cublas" and impl="chunked" do without; triton needs a C compiler (CC)')
-
-
-def has_mps() -> bool:
-    import torch
-
-    return torch.backends.mps.is_available()
 
 
 def cpu_memory() -> int | None:
@@ -444,8 +473,8 @@ def about_speech(result: Any, timeout: float) -> Finding:
     if isinstance(result, MissingExtra):
         return Finding("devices", "espeak-ng", NEITHER, f"without {result.module}: no synthetic speech",
                        f'pip install "{DISTRIBUTION}[{result.extra}]"', values={"voices": 0})
-    return Finding("devices", "espeak-ng", BAD, unanswered(result, timeout), "pip install --force-reinstall espeakng-loader soxr",
-                   values={"voices": 0})
+    return Finding("devices", "espeak-ng", BAD, unanswered(result, timeout),
+                   "pip install --force-reinstall espeakng-loader soxr numpy", values={"voices": 0})
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -457,7 +486,7 @@ def waits_longer(seconds: float) -> str:
 
 def unanswered(result: Any, timeout: float) -> str:
     """Why there is no result: the task was late, or raised."""
-    return in_one_line(result) if isinstance(result, BaseException) else f"no answer within {timeout:g} s"
+    return in_one_line(result) if isinstance(result, BaseException) else f"{SILENT} {timeout:g} s"
 
 
 def size(num_bytes: int) -> str:

@@ -353,7 +353,7 @@ def parse_program(words: list[str]) -> Any:
     """The parsed options of `omni-adapters …` or `examples/x.py …`."""
     program, *rest = words
     if program in ("omni-adapters", "omni_adapters.cli"):
-        return cli.parser().parse_args(rest)
+        return cli.parser(rest[0]).parse_args(rest)
     assert program.startswith("examples/"), program
     return recipe(program).options().parse_args(rest)
 

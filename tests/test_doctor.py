@@ -285,7 +285,7 @@ def test_a_full_disk_and_a_cache_that_cannot_be_read(well: Server, monkeypatch: 
 
     monkeypatch.setattr(doctor, "cached_copies", unreadable)
     found = look()
-    assert found["folder"].mark == BAD and "5 MB free" in found["folder"].says and "HF_HOME" in found["folder"].todo
+    assert found["folder"].mark == BAD and "5 MB free" in found["folder"].says and "OMNI_ADAPTERS_CACHE" in found["folder"].todo
     assert (found["copies"].mark, found["copies"].says) == (BAD, "PermissionError: not yours")
 
 
@@ -305,7 +305,7 @@ DEVICES = '{"devices": [["NVIDIA H200", 150000000000]]}'
 def cuda(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """A torch built for CUDA whose child runs `code`."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(doctor, "ASK_CUDA", code)
+    monkeypatch.setattr(doctor, "ASK_TORCH", code)
     monkeypatch.setattr(doctor, "version_of", lambda name: "3.6.0")
 
 
@@ -421,14 +421,42 @@ def test_terminals_without_the_marks() -> None:
     assert doctor.in_encoding("✓ 耳", "utf-8") == "✓ 耳" and doctor.in_encoding("– é", "latin-1") == "- é"
 
 
+def run_with(site: Path, package: str, code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, with the packages of this environment, but for one whose import runs `code`."""
+    (site / package).mkdir()
+    (site / package / "__init__.py").write_text(code)
+    paths = os.pathsep.join([str(site), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    settings = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMNI_ADAPTERS_CACHE": str(site)}
+    return subprocess.run([sys.executable, "-m", "omni_adapters.cli", "doctor", "--timeout", str(PATIENT), *options], text=True,
+                          capture_output=True, env={**os.environ, **settings})
+
+
+@pytest.mark.parametrize("package, code, says", [
+    ("torch", "raise OSError('libtorch_cpu.so: cannot open shared object file')", "OSError: libtorch_cpu.so: cannot open shared"),
+    ("torch", "import os; os.kill(os.getpid(), 11)", "ends with code -11"),
+    ("numpy", "raise ImportError('numpy.core.multiarray failed')", "ImportError: numpy.core.multiarray failed"),
+])
+def test_what_the_library_is_made_of_is_broken(tmp_path: Path, package: str, code: str, says: str) -> None:
+    ran = run_with(tmp_path, package, code)
+    assert ran.returncode == 1 and ran.stderr == ""
+    line = next(line for line in ran.stdout.splitlines() if f"{BAD} {package} " in line)
+    assert says in line and f'pip install --force-reinstall "{package}>=' in ran.stdout
+    assert "the library cannot work before" in ran.stdout and "Traceback" not in ran.stdout
+    if package == "torch":
+        assert f"{NEITHER} cuda " in ran.stdout and "not known" in ran.stdout and "built for it" not in ran.stdout
+
+
+@pytest.mark.parametrize("found, failure", [
+    ({"built": False}, None), ({"built": True, "error": "ends with code -6"}, None),
+    ({"error": "no answer within 5 s"}, doctor.Late), (doctor.Late, doctor.Late), ({"error": "torch does not import", "torch": "OSError: lib"}, "OSError: lib"),
+    ({"error": "ends with code -11: "}, "ends with code -11: ")])
+def test_whether_torch_imports_is_what_its_child_says(found: Any, failure: Any) -> None:
+    assert doctor.torch_failure(found) == failure
+
+
 def test_the_command_itself(tmp_path: Path) -> None:
-    """As a user runs it, with the packages of this environment and a transformers that is broken: exit code 1, no traceback."""
-    (tmp_path / "transformers").mkdir()
-    (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('cannot import name ears')")
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    settings = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-m", "omni_adapters.cli", "doctor", "--json", "--timeout", str(PATIENT)], text=True,
-                         capture_output=True, env={**os.environ, **settings})
+    """A transformers that is broken: exit code 1, no traceback."""
+    ran = run_with(tmp_path, "transformers", "raise ImportError('cannot import name ears')", "--json")
     assert ran.returncode == 1 and ran.stderr == ""
     found = {one["name"]: one for one in json.loads(ran.stdout)["findings"]}
     assert found["transformers"]["fatal"] and "ImportError: cannot import name ears" in found["transformers"]["says"]

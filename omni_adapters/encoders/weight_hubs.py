@@ -172,8 +172,15 @@ def probe(url: str, timeout: float) -> str | None:
     try:
         patience.wait_for(url, ask)
     except Exception as error:  # requests raises ValueError for a URL that is none
-        return in_one_line(error)
+        return in_one_line(_first_cause(error))
     return None
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What `requests` wraps three times: a name that does not resolve, a refused connection, a certificate."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def check_client_copy(directory: Path, verify: bool = True) -> None:
