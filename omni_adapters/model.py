@@ -307,22 +307,20 @@ class OmniGPT(nn.Module):
                 raise BadInput(where, f"an adapter trained with eyes, {eyes['encoder']['type']}", "its encoder",
                                "pass it: load_adapter(path, gpt, image_encoder=…)")
             image = own_copy(image_encoder), build_projector(where, eyes["projector"])
+        theirs = {"encoder": comparable(saved["encoder"], any_weights)}
+        here = {"encoder": comparable(describe_encoder(audio[0]), any_weights)}
+        if image is not None and eyes is not None:
+            theirs["image_encoder"] = comparable(eyes["encoder"], any_weights)
+            here["image_encoder"] = comparable(describe_encoder(image[0]), any_weights)
+        if any(here[name]["d_model"] != theirs[name]["d_model"] for name in here):
+            check_same(where, theirs, here)  # says whether it is the layers: the projector only sees a width
         omni = cls(gpt, audio, image, placeholders=saved["placeholders"], value_embeds=saved["value_embeds"],
                    insert_at=saved["insert_at"])
         try:
             for sense in omni.senses().values():
                 sense.projector.to(omni.prepender.device())
-            here = {"host": describe_host(omni.prepender, omni.host_digest), "encoder": describe_encoder(audio[0])}
-            theirs = {"host": dict(saved["host"]), "encoder": dict(saved["encoder"])}
-            if image is not None and eyes is not None:
-                here["image_encoder"], theirs["image_encoder"] = describe_encoder(image[0]), dict(eyes["encoder"])
-            for side in (*here.values(), *theirs.values()):
-                side.pop("source", None)  # the same weights may come from another place
-                side.pop("dtype", None)   # the digest knows it
-                side.pop("long", None)    # which clips are refused, not what is heard in others
-                side.pop("max_seconds", None)
-                if any_weights:
-                    side.pop("sha256", None)
+            theirs["host"] = comparable(saved["host"], any_weights)
+            here["host"] = comparable(describe_host(omni.prepender, omni.host_digest), any_weights)
             check_same(where, theirs, here)
             if saved["lora"] is not None:
                 lora = dict(saved["lora"])
@@ -397,6 +395,17 @@ def told(sense: Sense) -> tuple[str, str]:
     return (f"encoder    {eyes}{type(encoder).__name__}: {parameters_of(encoder):,} parameters, frozen",
             f"projector  {eyes}{encoder.d_model} × {getattr(projector, 'stack', 1)} → {projector.out_dim}{parts}: "
             f"{parameters_of(projector):,} parameters")
+
+
+def comparable(description: Mapping[str, Any], any_weights: bool) -> dict[str, Any]:
+    """What of a description tells a GPT or an encoder from others, in what it computes."""
+    left_out = {
+        "source",                 # the same weights may come from another place
+        "dtype",                  # the digest knows it
+        "long", "max_seconds",    # which clips are refused, not what is heard in others
+        *["sha256"] * any_weights,
+    }
+    return {name: value for name, value in description.items() if name not in left_out}
 
 
 def own_copy(encoder: Any) -> Any:

@@ -71,8 +71,16 @@ def test_loss_and_gradients_stay(B: int, T_enc: int, T: int, lora: bool) -> None
 def test_a_batch_keeps_its_sizes_where_padding_would_not_fit() -> None:
     features, idx, targets = batch(3, 33, 33)  # buckets of 48 and 64: 64 + ceil(48 / 4) = 76 positions
     for room, sizes in ((76, (48, 64)), (75, (33, 33)), (None, (48, 64))):
-        padded, ids, _ = to_bucket(features, idx, targets, stack=4, room=room)
+        padded, ids, _ = to_bucket(features, idx, targets, soft_tokens=Projector(80, 8, stack=4).num_soft_tokens, room=room)
         assert (padded.values.size(1), ids.size(1)) == sizes and len(ids) == 4
+
+
+def test_a_pool_takes_as_many_positions_however_long_the_clip() -> None:
+    features, idx, targets = batch(3, 33, 33)  # 64 + 5 positions, with padding as without
+    soft_tokens = Projector(80, 8, stack=4, pool=5).num_soft_tokens
+    for room, sizes in ((69, (48, 64)), (68, (33, 33))):
+        padded, ids, _ = to_bucket(features, idx, targets, soft_tokens=soft_tokens, room=room)
+        assert (padded.values.size(1), ids.size(1)) == sizes
 
 
 def test_rows_that_do_not_meet_are_refused() -> None:

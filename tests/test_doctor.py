@@ -448,7 +448,8 @@ def test_what_the_library_is_made_of_is_broken(tmp_path: Path, package: str, cod
 
 @pytest.mark.parametrize("found, failure", [
     ({"built": False}, None), ({"built": True, "error": "ends with code -6"}, None),
-    ({"error": "no answer within 5 s"}, doctor.Late), (doctor.Late, doctor.Late), ({"error": "torch does not import", "torch": "OSError: lib"}, "OSError: lib"),
+    ({"error": "no answer within 5 s"}, doctor.Late), (doctor.Late, doctor.Late),
+    ({"error": "torch does not import", "torch": "OSError: lib"}, "OSError: lib"),
     ({"error": "ends with code -11: "}, "ends with code -11: ")])
 def test_whether_torch_imports_is_what_its_child_says(found: Any, failure: Any) -> None:
     assert doctor.torch_failure(found) == failure

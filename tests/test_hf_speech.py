@@ -528,8 +528,9 @@ def test_a_row_without_sound_has_no_frames(opened):
 def test_settings_that_mean_nothing_are_refused(checkpoint, options, words):
     with pytest.raises(BadInput, match=f"{words}; expected seconds > 0"):
         HFSpeechEncoder(checkpoint("wavlm-group"), **options)
-    with pytest.raises(BadInput, match="no source"):
-        HFSpeechEncoder("")
+    for nothing in ("", [], ["hf:a/b", ""], None, 7, [7]):
+        with pytest.raises(BadInput, match=r"HFSpeechEncoder: got source .* a directory, the id of a model, or several"):
+            HFSpeechEncoder(nothing)
 
 
 # ---- what records it --------------------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-HEAVY = ["transformers", "modelscope", "triton", "soundfile", "soxr", "espeakng_loader", "huggingface_hub", "matplotlib", "requests"]
+HEAVY = ["transformers", "modelscope", "triton", "soundfile", "soxr", "espeakng_loader", "huggingface_hub", "matplotlib",
+         "requests"]
 REQUIRED = ["torch", "numpy", "safetensors"]
 
 

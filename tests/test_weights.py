@@ -25,6 +25,8 @@ import pytest
 from huggingface_hub import close_session, constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_speech import make_tiny_speech
+from tiny_whisper import make_tiny_whisper
 from weights_hub import (
     TwoHubs,
     breaking_off,
@@ -40,6 +42,7 @@ from weights_hub import (
 )
 
 from omni_adapters.encoders import weight_cache, weight_transfer, weights
+from omni_adapters.encoders.hf_speech import HFSpeechEncoder
 from omni_adapters.encoders.weight_hubs import check_client_copy
 from omni_adapters.encoders.weight_transfer import (
     QUANTUM,
@@ -63,6 +66,8 @@ from omni_adapters.encoders.weights import (
     missing_files,
     probe,
 )
+from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.fingerprints import describe_encoder
 from omni_adapters.shapes import BadInput
 
 HEADER = b'{"a":{"dtype":"U8","shape":[300000],"data_offsets":[0,300000]}}'
@@ -842,6 +847,46 @@ def test_directories_in_order_and_their_failures(tmp_path):
         f"{empty}: FileNotFoundError: without config.json, other.json, model.safetensors",
         "no/such: FileNotFoundError: no such directory",
     ]
+
+
+@pytest.fixture(scope="module", params=["Whisper", "wav2vec2"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[type, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "Whisper":
+        return WhisperEncoder, make_tiny_whisper(folder)
+    return HFSpeechEncoder, make_tiny_speech(folder, "wav2vec2-group")
+
+
+def test_encoders_take_the_first_of_several_places_that_has_them(hub, checkpoint, monkeypatch):
+    encoder, folder = checkpoint
+    hub.revisions["main"] = hub.revisions["master"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for places, source in ((["ms:owner/absent", "hf:owner/name", folder], "hf:owner/name"), (PLACES[::-1], "ms:owner/name"),
+                           (["ms:owner/absent", "hf:owner/absent", folder], str(folder)), ((folder, "owner/name"), str(folder))):
+        found = encoder(places)
+        assert found.source == source == describe_encoder(found)["source"]
+    with pytest.raises(WeightsUnavailable, match=encoder.__name__) as caught:
+        encoder(["ms:owner/absent", "hf:owner/absent", folder / "no"])
+    assert [line.split(":")[0] for line in caught.value.failures] == [
+        "ModelScope owner/absent", "Hugging Face owner/absent", str(folder / "no")]
+    monkeypatch.setenv("OMNI_ADAPTERS_DEADLINE", "0.6")
+    hub.faults.append(mute())
+    with seconds() as taken:
+        assert encoder(["ms:owner/mute", "hf:owner/mute", folder]).source == str(folder)
+    assert taken.seconds < 0.6 + SLACK
+
+
+def test_a_whisper_without_a_source_asks_modelscope_hugging_face_and_a_directory(hub, tmp_path, monkeypatch):
+    folder = make_tiny_whisper(tmp_path / "whisper")
+    hub.revisions["main"] = hub.revisions["master"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("WHISPER_MS_ID", "WHISPER_HF_ID"):
+        monkeypatch.setenv(name, "owner/absent")
+    monkeypatch.setenv("WHISPER_DIR", str(folder))
+    assert WhisperEncoder().source == str(folder)
+    assert hub.lines(f"{MS}.*absent") and hub.lines(f"{HF}.*absent")
+    monkeypatch.setenv("WHISPER_HF_ID", "owner/name")
+    assert WhisperEncoder().source == "hf:owner/name"
+    monkeypatch.setenv("WHISPER_MS_ID", "owner/name")
+    assert WhisperEncoder().source == "ms:owner/name"
 
 
 @pytest.mark.parametrize("candidate", ["hf:", "hf:../up", "ms:a/b/c", "hf:a/b@", "ms:a/b@../x", "hf:a b", "hf:a/b@c d",

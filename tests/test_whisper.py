@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,7 +241,7 @@ def test_a_directory_without_weights_names_the_file_and_the_ways_out(tmp_path):
     message = str(caught.value)
     assert message.startswith("WhisperEncoder: no weights. Tried\n  - ")
     for word in ("preprocessor_config.json", "model.safetensors", "pickled", "WHISPER_HF_ID", "WHISPER_MS_ID",
-                 "HF_ENDPOINT", "MODELSCOPE_ENDPOINT", 'WhisperEncoder("path/to/whisper")'):
+                 "WHISPER_DIR", "HF_ENDPOINT", "MODELSCOPE_ENDPOINT", "several places"):
         assert word in message
 
 
@@ -249,11 +250,15 @@ def test_a_directory_without_weights_names_the_file_and_the_ways_out(tmp_path):
     ({"WHISPER_HF_ID": "a/b"}, None, ["hf:a/b"]),
     ({"WHISPER_MS_ID": "c/d"}, None, ["ms:c/d", "hf:openai/whisper-base"]),
     ({"WHISPER_MS_ID": "c/d", "WHISPER_HF_ID": "a/b"}, None, ["ms:c/d", "hf:a/b"]),
-    ({"WHISPER_MS_ID": "", "WHISPER_HF_ID": ""}, None, ["hf:openai/whisper-base"]),
-    ({"WHISPER_MS_ID": "c/d"}, "e/f", ["e/f"]),
+    ({"WHISPER_MS_ID": "", "WHISPER_HF_ID": "", "WHISPER_DIR": ""}, None, ["hf:openai/whisper-base"]),
+    ({"WHISPER_DIR": "here/it/is"}, None, ["hf:openai/whisper-base", Path("here/it/is")]),
+    ({"WHISPER_MS_ID": "c/d", "WHISPER_HF_ID": "a/b", "WHISPER_DIR": "is"}, None, ["ms:c/d", "hf:a/b", Path("is")]),
+    ({"WHISPER_MS_ID": "c/d", "WHISPER_DIR": "is"}, "e/f", ["e/f"]),
+    ({"WHISPER_MS_ID": "c/d"}, ["ms:e/f", Path("g"), "h"], ["ms:e/f", Path("g"), "h"]),
+    ({"WHISPER_DIR": "is"}, (Path("g"),), [Path("g")]),
 ])
 def test_the_environment_counts_only_without_a_source(monkeypatch, environment, source, expected):
-    for name in ("WHISPER_MS_ID", "WHISPER_HF_ID"):
+    for name in ("WHISPER_MS_ID", "WHISPER_HF_ID", "WHISPER_DIR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

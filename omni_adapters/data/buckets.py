@@ -7,6 +7,8 @@ beyond `lens`, text that is not graded, rows with neither.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,13 +29,15 @@ def bucket(size: int, least: int = 1) -> int:
     return power * 3 // 4 if power >= 4 and max(size, least) <= power * 3 // 4 else power
 
 
-def to_bucket(features: Features, idx: Tensor, targets: Tensor, *, stack: int = 1,
+def to_bucket(features: Features, idx: Tensor, targets: Tensor, *, soft_tokens: Callable[[int], int] = lambda frames: frames,
               room: int | None = None) -> tuple[Features, Tensor, Tensor]:
     """features (B, T_enc, d), idx and targets (B, T) → the same with B, T_enc and T rounded up.
 
     Added frames are zeros beyond `lens`, added text is id 0 with target −1, added rows are both and hear nothing: a sum over
     graded tokens, its mean and every gradient stay what they are. Rows of features are rows of idx, as with a prefix. A batch
-    whose padding would take more than `room` positions (T + ceil(T_enc / stack)) keeps its own T_enc and T.
+    whose padding would take more than `room` positions (T + soft_tokens(T_enc)) keeps its own T_enc and T.
+
+    soft_tokens: how many so many frames become, `Projector.num_soft_tokens`.
     """
     values, lens = features
     if values.size(0) != idx.size(0) or targets.shape != idx.shape:
@@ -42,7 +46,7 @@ def to_bucket(features: Features, idx: Tensor, targets: Tensor, *, stack: int = 
     rows = next_power(idx.size(0)) - idx.size(0)
     steps = bucket(values.size(1), LEAST) - values.size(1)
     text = next_power(idx.size(1), LEAST) - idx.size(1)
-    if room is not None and idx.size(1) + text - (-(values.size(1) + steps) // stack) > room:
+    if room is not None and idx.size(1) + text + soft_tokens(values.size(1) + steps) > room:
         steps = text = 0
     padded = Features(F.pad(values, (0, 0, 0, steps, 0, rows)), F.pad(lens, (0, rows)))
     return padded, F.pad(idx, (0, text, 0, rows)), F.pad(targets, (0, text, 0, rows), value=-1)

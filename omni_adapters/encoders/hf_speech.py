@@ -21,7 +21,6 @@ arXiv:2110.13900. w2v-BERT 2.0: Seamless Communication 2023, arXiv:2312.05187.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,8 +36,10 @@ from omni_adapters.encoders.pretrained import (
     REQUIRED_FILES,
     WAYS_OUT,
     Layer,
+    Source,
     check_names,
     copies,
+    places,
     read_object,
     read_tensors,
     recorded_layers,
@@ -92,7 +93,8 @@ class HFSpeechEncoder(nn.Module):
     """Waveforms → frozen features (B, T_enc, d_model) of a self-supervised speech model, at 50 Hz. An `AudioEncoder`.
 
     source:  a directory with a checkpoint in safetensors, of a model_type in `FAMILIES`; or `hf:owner/name` or `ms:owner/name`,
-             a model on Hugging Face or ModelScope; or plain `owner/name`, on Hugging Face.
+             a model on Hugging Face or ModelScope; or plain `owner/name`, on Hugging Face. Or several of these, tried in order,
+             under one deadline (docs/weights.md).
     layer:   which hidden states the features are. 0 enters the first layer, i leaves the i-th; negative numbers count from the
              end; several, or "all", stand side by side in the width. None: the last hidden state, with whatever comes behind
              the layers: the final norm of a "stable layer norm" encoder (wav2vec2-large-lv60, hubert-large, wavlm-large), adapter
@@ -103,21 +105,19 @@ class HFSpeechEncoder(nn.Module):
     max_seconds: the longest clip taken, 60 s by default: a longer one is BadInput. None takes any. Memory goes with its square.
     batch_seconds: sound encoded at once, padding included, unless one clip is longer: it bounds memory.
 
-    Attributes: `source` says where the weights came from, `model_type` which family it is; `width` is one layer's, `num_layers`
-    counts the layers that the features hold, `d_model` = num_layers · width; `num_channels` of the inputs is 1 for models of
-    waveforms, 160 for w2v-BERT; `min_samples` is the shortest clip that makes a frame; `convs` decide lengths.
+    Attributes: `source` says where the weights came from, of several places the one that had them, `model_type` which family it
+    is; `width` is one layer's, `num_layers` counts the layers that the features hold, `d_model` = num_layers · width;
+    `num_channels` of the inputs is 1 for models of waveforms, 160 for w2v-BERT; `min_samples` is the shortest clip that makes a
+    frame; `convs` decide lengths.
     Raises WeightsUnavailable when no place has the weights, BadInput when what is there is no such checkpoint.
     """
 
-    def __init__(self, source: str | os.PathLike[str], *, layer: Layer = None, device: torch.device | str | None = None,
+    def __init__(self, source: Source, *, layer: Layer = None, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None, max_seconds: float | None = MAX_SECONDS, batch_seconds: float = 120.0) -> None:
         super().__init__()
         check_seconds(max_seconds, batch_seconds)
         self.max_seconds, self.batch_seconds = max_seconds, batch_seconds
-        if not os.fspath(source):
-            raise BadInput("HFSpeechEncoder", "no source", "a directory, or the id of a model")
-        place = source if isinstance(source, str) else Path(source)
-        directory, self.source = fetch_weights("HFSpeechEncoder", [place], REQUIRED_FILES, WAYS_OUT)
+        directory, self.source = fetch_weights("HFSpeechEncoder", places("HFSpeechEncoder", source), REQUIRED_FILES, WAYS_OUT)
         model = load_model(directory, dtype or torch.float32)
         self.extractor = load_extractor(directory, model.config)
         self.model_type: str = model.config.model_type

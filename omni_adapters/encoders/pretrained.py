@@ -9,6 +9,7 @@ Notable:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,22 @@ from torch import Tensor
 from omni_adapters.encoders.weights import weight_files
 from omni_adapters.shapes import BadInput, listing
 
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Layer = int | Sequence[int] | Literal["all"] | None
 REQUIRED_FILES = ("config.json", "preprocessor_config.json")
 AGAIN = "fetch the directory again, as a whole"
-WAYS_OUT = ("Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors; point "
-            "HF_ENDPOINT or MODELSCOPE_ENDPOINT at a mirror that answers, in the environment of the process.")
+WAYS_OUT = ("Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors, or several "
+            'places to try in order, ["ms:owner/name", "hf:owner/name", "path/to/it"]; point HF_ENDPOINT or MODELSCOPE_ENDPOINT '
+            "at a mirror that answers, in the environment of the process.")
+
+
+def places(where: str, source: Source) -> list[str | Path]:
+    """The places that a source names, in the order in which they are tried, as `fetch_weights` takes them: one, or several.
+    BadInput for none."""
+    several = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+    if not several or not all(isinstance(place, str | os.PathLike) and os.fspath(place) for place in several):
+        raise BadInput(where, f"source {source!r:.60}", "a directory, the id of a model, or several of them to try in order")
+    return [place if isinstance(place, str) else Path(place) for place in several]
 
 
 def selected_layers(where: str, layer: Layer, num_hidden_layers: int) -> tuple[int, ...] | None:

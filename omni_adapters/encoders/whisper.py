@@ -26,11 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omni_adapters.encoders import pretrained
 from omni_adapters.encoders.pretrained import (
     REQUIRED_FILES,
     Layer,
+    Source,
     check_names,
     copies,
+    places,
     read_object,
     read_tensors,
     recorded_layers,
@@ -45,11 +48,7 @@ from omni_adapters.shapes import BadInput, shape
 
 DEFAULT_ID = "openai/whisper-base"
 EDGE_HOPS = 2  # of silence after a clip: frames reach 200 samples beyond the last one, as they do where 30 s are padded
-WAYS_OUT = (
-    "Ways out: pass a local directory with config.json, preprocessor_config.json and model.safetensors, "
-    'WhisperEncoder("path/to/whisper"); name another model with WHISPER_HF_ID or WHISPER_MS_ID; point HF_ENDPOINT or '
-    "MODELSCOPE_ENDPOINT at a mirror that answers, in the environment of the process."
-)
+WAYS_OUT = f"{pretrained.WAYS_OUT} Without a source, WHISPER_MS_ID, WHISPER_HF_ID and WHISPER_DIR name the places."
 
 Context = Literal["full", "clip"]
 Long = Literal["refuse", "chunk"]
@@ -61,9 +60,9 @@ class WhisperEncoder(nn.Module):
     """Waveforms → frozen Whisper features (B, T, d_model) at 50 Hz, T = 1500 for context="full". An `AudioEncoder`.
 
     source:  a directory with a Whisper checkpoint in safetensors; or `hf:owner/name` or `ms:owner/name`, a model on
-             Hugging Face or ModelScope; or plain `owner/name`, on Hugging Face. Only that one place is tried.
-             None: ModelScope's $WHISPER_MS_ID if that is set, then Hugging Face's $WHISPER_HF_ID, by default
-             openai/whisper-base.
+             Hugging Face or ModelScope; or plain `owner/name`, on Hugging Face. Or several of these, tried in order, under
+             one deadline (docs/weights.md). None: ModelScope's $WHISPER_MS_ID if that is set, then Hugging Face's $WHISPER_HF_ID,
+             by default openai/whisper-base, then the directory $WHISPER_DIR if that is set.
     device:  where the weights live; None is the CPU.
     dtype:   of weights and features; None is float32, whatever the checkpoint holds. float16 overflows in some layers.
     context: what a frame attends to. "full": 30 s, the clip and silence, as Whisper was trained. "clip": the clip alone; a
@@ -77,12 +76,12 @@ class WhisperEncoder(nn.Module):
              is the last hidden state. Negative numbers count from the end. None: the last hidden state. Several, or "all",
              stand side by side in the width, first the channels of the first one asked for.
 
-    Attributes: `source` says where the weights came from; `n_mels` and `width` (of one layer) are the checkpoint's;
-    `num_layers` counts the layers that the features hold, `d_model` = num_layers · width.
+    Attributes: `source` says where the weights came from, of several places the one that had them; `n_mels` and `width` (of one
+    layer) are the checkpoint's; `num_layers` counts the layers that the features hold, `d_model` = num_layers · width.
     Raises WeightsUnavailable when no place has the weights, BadInput when what is there is no Whisper checkpoint.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | None = None, *, device: torch.device | str | None = None,
+    def __init__(self, source: Source | None = None, *, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None, context: Context = "full", long: Long | None = None,
                  max_chunks: int = 16, layer: Layer = None) -> None:
         super().__init__()
@@ -235,14 +234,13 @@ def read_lens(mel: Tensor, lens: Tensor) -> list[int]:
     return found
 
 
-def candidates(source: str | os.PathLike[str] | None) -> list[str | Path]:
-    """The places to try, in order, as `fetch_weights` writes them; the environment counts only when source is None."""
+def candidates(source: Source | None) -> list[str | Path]:
+    """The places to try, in order, as `fetch_weights` takes them; the environment counts only when source is None."""
     if source is not None:
-        return [source if isinstance(source, str) else Path(source)]
-    places: list[str | Path] = [f"hf:{os.environ.get('WHISPER_HF_ID') or DEFAULT_ID}"]
-    if os.environ.get("WHISPER_MS_ID"):
-        places.insert(0, f"ms:{os.environ['WHISPER_MS_ID']}")
-    return places
+        return places("WhisperEncoder", source)
+    said = {name: os.environ.get(f"WHISPER_{name}") for name in ("MS_ID", "HF_ID", "DIR")}
+    return [*([f"ms:{said['MS_ID']}"] if said["MS_ID"] else []), f"hf:{said['HF_ID'] or DEFAULT_ID}",
+            *([Path(said["DIR"])] if said["DIR"] else [])]
 
 
 def load_encoder(directory: Path, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import tee
 from typing import Any, Protocol
 
@@ -56,20 +56,23 @@ def check_start(order: Order, sources: Sequence[ClipSource], turns: Turns, ranks
     plotting("finish_run")
     first = [turns.batch(source.load_batch([0])[1])[0].tolist() for source in sources]
     for source in sources if ranks.is_first else ():
-        check_rows(source, turns, omni.projector.stack, omni.prepender.anatomy.position_limit)
+        check_rows(source, turns, omni.projector.num_soft_tokens, omni.prepender.anatomy.position_limit)
     return zlib.crc32(json.dumps(first).encode())
 
 
-def check_rows(source: ClipSource, turns: Turns, stack: int, position_limit: int | None) -> None:
-    """Up to MAX_ROWS rows, spread evenly: each has words, and room for them beside its sound and, read, beside its transcript."""
+def check_rows(source: ClipSource, turns: Turns, soft_tokens: Callable[[int], int], position_limit: int | None) -> None:
+    """Up to MAX_ROWS rows, spread evenly: each has words, and room for them beside its sound and, read, beside its transcript.
+
+    soft_tokens: how many so many frames become, `Projector.num_soft_tokens`.
+    """
     for number in evenly(len(source), MAX_ROWS):
         row = source.row(number)
-        soft = -(-int(source.lens[number]) // stack)
+        soft = soft_tokens(int(source.lens[number]))
         (asked, answer), (read, _) = turns.parts(row, False), turns.parts(row, True)
         longest = max(soft + len(asked), len(read)) + len(answer) - 1  # the last token is only ever a target
         if position_limit is not None and longest > position_limit:
             raise BadInput("check_rows", f"{row['audio']} with {longest} positions, {soft} of them sound",
-                           f"at most {position_limit}, which the GPT has", "cut the clip, or raise --stack")
+                           f"at most {position_limit}, which the GPT has", "cut the clip, or raise --stack, or lower --pool")
 
 
 def planned_batches(order: Order, source: ClipSource, ranks: Ranks, epoch: int, step_in_epoch: int, *,
@@ -86,7 +89,7 @@ def given_sound(omni: OmniGPT, source: ClipSource, sound: Features, idx: Tensor,
     encoded beforehand, since encoders' inputs have shapes of their own."""
     if not bucketed:
         return idx, targets, {source.kind: sound}
-    features, idx, targets = to_bucket(hear(omni, source, sound), idx, targets, stack=omni.projector.stack,
+    features, idx, targets = to_bucket(hear(omni, source, sound), idx, targets, soft_tokens=omni.projector.num_soft_tokens,
                                        room=omni.prepender.anatomy.position_limit)
     return idx, targets, {"audio_features": features}
 
