@@ -307,21 +307,23 @@ class OmniGPT(nn.Module):
                 raise BadInput(where, f"an adapter trained with eyes, {eyes['encoder']['type']}", "its encoder",
                                "pass it: load_adapter(path, gpt, image_encoder=…)")
             image = own_copy(image_encoder), build_projector(where, eyes["projector"])
-        theirs = {"encoder": comparable(saved["encoder"], any_weights)}
-        here = {"encoder": comparable(describe_encoder(audio[0]), any_weights)}
+        encoders = {"encoder": (saved["encoder"], audio[0])}
         if image is not None and eyes is not None:
-            theirs["image_encoder"] = comparable(eyes["encoder"], any_weights)
-            here["image_encoder"] = comparable(describe_encoder(image[0]), any_weights)
-        if any(here[name]["d_model"] != theirs[name]["d_model"] for name in here):
-            check_same(where, theirs, here)  # says whether it is the layers: the projector only sees a width
+            encoders["image_encoder"] = eyes["encoder"], image[0]
+        for name, (theirs, ours) in encoders.items():
+            if getattr(ours, "d_model", None) not in (None, theirs.get("d_model")):  # the projector would only see a width
+                check_same(where, {name: comparable(theirs, any_weights)},
+                           {name: comparable(describe_encoder(ours), any_weights)})
         omni = cls(gpt, audio, image, placeholders=saved["placeholders"], value_embeds=saved["value_embeds"],
                    insert_at=saved["insert_at"])
         try:
             for sense in omni.senses().values():
                 sense.projector.to(omni.prepender.device())
-            theirs["host"] = comparable(saved["host"], any_weights)
-            here["host"] = comparable(describe_host(omni.prepender, omni.host_digest), any_weights)
-            check_same(where, theirs, here)
+            there = {"host": saved["host"]} | {name: theirs for name, (theirs, _) in encoders.items()}
+            here = {"host": describe_host(omni.prepender, omni.host_digest)} | {
+                name: describe_encoder(ours) for name, (_, ours) in encoders.items()}
+            check_same(where, {name: comparable(one, any_weights) for name, one in there.items()},
+                       {name: comparable(one, any_weights) for name, one in here.items()})
             if saved["lora"] is not None:
                 lora = dict(saved["lora"])
                 real = {plain_name(name): name for name, _ in unwrap(gpt).named_modules()}

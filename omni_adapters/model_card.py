@@ -116,7 +116,7 @@ def _loading(repo_id: str, description: Mapping[str, Any], revision: str | None)
     """A block that runs where `gpt` is the host, and `encoder` the encoder where nobody else could make it."""
     encoder, placeholders = description["encoder"], description.get("placeholders")
     makes_itself = encoder["type"] == "LogMelEncoder" or (
-        encoder["type"] == "WhisperEncoder" and _public_name(encoder.get("source")) is not None)
+        encoder["type"] in ("WhisperEncoder", "HFSpeechEncoder") and _public_name(encoder.get("source")) is not None)
     options = "" if revision in (None, "main") else f', revision="{revision}"'
     options += "" if makes_itself else ", encoder=encoder"
     theirs = "" if makes_itself else ", and `encoder` the encoder"
@@ -151,8 +151,8 @@ def _facts(description: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -
 
     encoder, host, projector = (description.get(key) or {} for key in ("encoder", "host", "projector"))
     yield from _parts(sizes)
-    source, context = _public_name(encoder.get("source")), encoder.get("context")
-    named = [_literal(str(encoder.get("type"))), source and f"`{source}`", context and _literal(f"context {context}")]
+    source, context, layers = _public_name(encoder.get("source")), encoder.get("context"), _layers(encoder.get("layer"))
+    named = [_literal(str(encoder.get("type"))), source and f"`{source}`", context and _literal(f"context {context}"), layers]
     yield "encoder", ", ".join(filter(None, [*named, _digest(encoder)]))
     if encoder.get("frame_rate") and projector.get("stack"):
         rate, stack = encoder["frame_rate"], projector["stack"]
@@ -176,6 +176,15 @@ def _facts(description: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -
     elif "insert_at" in description:
         yield "sound stands", f"before text position {description['insert_at']}"
     yield "versions", f"omni-adapters {__version__}, torch {torch.__version__}, adapter format {FORMAT}"
+
+
+def _layers(layer: Any) -> str:
+    """Which hidden states the features are, as `recorded_layers` writes them: nothing for the output, a number, several, all."""
+    if layer is None:
+        return ""
+    if isinstance(layer, list | tuple):
+        return _literal(f"layers {' '.join(map(str, layer))}")
+    return "all layers" if layer == "all" else _literal(f"layer {layer}")
 
 
 def _soft_tokens(projector: Mapping[str, Any], unit: str = "") -> str:

@@ -487,6 +487,16 @@ def test_the_page_says_what_is_known_and_no_more():
     assert "| LoRA | none |" in bare
 
 
+@pytest.mark.parametrize("layer, words", [({}, ""), ({"layer": 7}, ", layer 7"), ({"layer": [3, 7]}, ", layers 3 7"),
+                                          ({"layer": "all"}, ", all layers"), ({"layer": "a|b"}, r", layer a\|b")])
+def test_the_page_names_the_layers_of_an_encoder_that_loads_itself(layer, words):
+    encoder = {"type": "HFSpeechEncoder", "source": "hf:me/speech", "d_model": 64, "frame_rate": 50.0, "sampling_rate": 16_000,
+               "sha256": None}
+    text = model_card(REPO, description(encoder=encoder | layer), SIZES)
+    assert f"| encoder | HFSpeechEncoder, `hf:me/speech`{words} |" in text
+    assert f'OmniGPT.from_pretrained("{REPO}", gpt)' in text and "`encoder` the encoder" not in text
+
+
 @pytest.mark.parametrize("card", [{"licence": "mit"}, {"license": ["mit"]}, {"language": [1]}, {"metrics": {"wer": float("nan")}},
                                   {"metrics": {"wer": True}}, {"metrics": {1: 0.5}}, {"metrics": [0.5]}, {"notes": 3},
                                   {"metrics": {"wer": torch.tensor(0.5)}}], ids=str)

@@ -68,8 +68,10 @@ def test_shards_of_several_layers_hold_them_side_by_side(heard: Heard) -> None:
     reader, encoder = ShardReader(heard.shards.valid, verify=True), HFSpeechEncoder(heard.speech, layer="all")
     assert reader.config["description"]["layer"] == "all" and reader.config["d_model"] == NUM_LAYERS * encoder.width == 128
     (values, lens), rows = reader.load_batch(range(len(reader)))
-    for row, stored, steps in zip(rows, values, lens):
-        sound = load_audio(heard.shards.valid.parent / row["audio"], 16_000)
+    clips = read_manifest(heard.corpus.valid.with_suffix(".jsonl"))
+    assert [row["text"] for row in rows] == [clip.text for clip in clips]
+    for clip, stored, steps in zip(clips, values, lens):
+        sound = load_audio(clip.audio, 16_000)
         alone = encoder(encoder.preprocess([sound]))
         torch.testing.assert_close(stored[:steps].float(), alone.values[0], rtol=2**-10, atol=2e-5)  # float16; batched: ≤ 1e-5
         last = HFSpeechEncoder(heard.speech, layer=-1)
