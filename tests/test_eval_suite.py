@@ -237,6 +237,7 @@ def test_the_command_without_a_recogniser(planted: Planted, tmp_path: Path, monk
     (["--suite", "mmau:none.json"], "none.json, which is not a file"),
     (["--out", "report.txt"], "ends in .json"),
     (["--context", "clip"], "--context clip without --encoder"),
+    (["--layer", "all"], "--layer all without --encoder"),
 ])
 def test_the_command_refuses(planted: Planted, change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(planted.options("--no-cascade", *change)) == 2
