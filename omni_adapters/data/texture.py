@@ -52,27 +52,27 @@ WORDS = """
 """.split()
 DIGITS = "0 1 2 3 4 5 6 7 8 9".split()
 
-# variant → (apparent sex, Hz at pitch 0, 25, 50, 75, 99): medians of `pitch_of` over three sentences, pitch_range 50.
+# variant → (apparent sex, Hz at pitch 0, 25, 50, 75, 99): medians of `pitch_of` over three sentences, pitch_range 60.
 # The sex is the variant file's own `gender`, or the measured pitch where it has none. Left out: whispers, robots, croaks, echoes,
 # voices that stretch or swallow syllables (pace would be theirs), and those that sound alike.
 VARIANTS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "f1": ("woman", (115, 142, 180, 235, 308)), "f2": ("woman", (131, 158, 195, 250, 327)),
-    "f3": ("woman", (147, 174, 211, 262, 333)), "f4": ("woman", (113, 142, 180, 235, 308)),
-    "linda": ("woman", (134, 174, 229, 308, 410)), "belinda": ("woman", (134, 174, 229, 308, 410)),
-    "steph": ("woman", (106, 139, 184, 250, 340)), "steph3": ("woman", (106, 139, 184, 250, 333)),
-    "grandma": ("woman", (142, 167, 203, 246, 308)), "Annie": ("woman", (190, 211, 242, 286, 340)),
-    "steph2": ("woman", (107, 139, 184, 250, 340)), "f5": ("woman", (130, 163, 205, 267, 356)),
-    "aunty": ("woman", (76, 116, 174, 254, 364)), "Alicia": ("woman", (165, 200, 252, 314, 410)),
-    "m1": ("man", (63, 75, 94, 121, 158)), "m2": ("man", (62, 78, 101, 133, 178)), "m3": ("man", (72, 85, 106, 136, 174)),
-    "m4": ("man", (66, 77, 95, 119, 154)), "m6": ("man", (66, 81, 101, 132, 172)), "m7": ("man", (76, 88, 107, 134, 171)),
-    "john": ("man", (66, 80, 102, 132, 174)), "ed": ("man", (86, 103, 126, 160, 205)), "max": ("man", (69, 82, 103, 131, 170)),
-    "Gene": ("man", (62, 75, 96, 125, 165)), "Lee": ("man", (59, 75, 96, 128, 170)), "Mike": ("man", (64, 75, 91, 115, 147)),
-    "travis": ("man", (72, 85, 103, 130, 168)), "m5": ("man", (68, 82, 102, 131, 170)), "m8": ("man", (61, 71, 86, 109, 140)),
-    "edward": ("man", (68, 82, 102, 131, 172)), "norbert": ("man", (67, 82, 103, 132, 172)),
+    "f1": ("woman", (119, 145, 184, 239, 308)), "f2": ("woman", (137, 163, 203, 258, 327)),
+    "f3": ("woman", (155, 182, 219, 271, 340)), "f4": ("woman", (118, 145, 184, 239, 314)),
+    "linda": ("woman", (137, 178, 232, 314, 421)), "belinda": ("woman", (138, 178, 232, 314, 421)),
+    "steph": ("woman", (108, 142, 187, 250, 340)), "steph3": ("woman", (108, 142, 186, 250, 340)),
+    "grandma": ("woman", (151, 176, 208, 254, 314)), "Annie": ("woman", (203, 221, 250, 291, 356)),
+    "steph2": ("woman", (108, 142, 186, 250, 340)), "f5": ("woman", (137, 167, 211, 271, 356)),
+    "aunty": ("woman", (73, 114, 170, 250, 356)), "Alicia": ("woman", (172, 206, 258, 320, 416)),
+    "m1": ("man", (66, 78, 96, 124, 160)), "m2": ("man", (65, 80, 103, 136, 180)), "m3": ("man", (75, 88, 109, 138, 178)),
+    "m4": ("man", (68, 80, 98, 123, 157)), "m6": ("man", (70, 83, 104, 134, 176)), "m7": ("man", (80, 92, 111, 138, 174)),
+    "john": ("man", (69, 84, 104, 135, 176)), "ed": ("man", (91, 107, 131, 163, 208)), "max": ("man", (71, 85, 105, 134, 174)),
+    "Gene": ("man", (63, 77, 98, 127, 167)), "Lee": ("man", (61, 77, 98, 130, 172)), "Mike": ("man", (67, 78, 94, 119, 150)),
+    "travis": ("man", (77, 88, 107, 133, 172)), "m5": ("man", (71, 85, 105, 134, 174)), "m8": ("man", (63, 74, 89, 112, 143)),
+    "edward": ("man", (71, 86, 105, 134, 174)), "norbert": ("man", (70, 84, 104, 134, 176)),
 }
 VOICES: dict[str, list[str]] = {
-    "train": "f1 f2 f3 f4 linda belinda steph steph3 grandma m1 m2 m3 m4 m6 m7 john ed max Gene Lee".split(),
-    "valid": "Annie steph2 Mike travis".split(),
+    "train": "f1 f2 f3 linda belinda steph steph3 grandma Annie m1 m2 m3 m4 m6 m7 john ed max Gene Lee".split(),
+    "valid": "f4 steph2 Mike travis".split(),
     "test": "f5 aunty Alicia m5 m8 edward norbert".split(),
 }
 BABBLERS = "antonio anika pablo Andrea ian klatt3".split()  # behind a speaker, in no set
@@ -84,7 +84,7 @@ PACES = {"very slow": (80, 88), "rather slow": (130, 140), "rather fast": (208, 
 LEVELS = {"very quiet": (-51.0, -48.0), "rather quiet": (-40.0, -37.0), "rather loud": (-29.0, -26.0),
           "very loud": (-18.0, -15.0)}  # dBFS
 STYLES = {"normal": "normal", "whispered": "whisper", "croaky": "creak", "monotone": "monotone"}
-CONTOURS = {"question": (0, 0, 4, 9), "statement": (0, -2, -6, -9), "exclamation": (0, 8, 6, -7),
+CONTOURS = {"question": (0, 0, 4, 9), "statement": (0, -2, -6, -9), "exclamation": (2, 9, 0, -9),
             "unfinished": (0, 0, 0, 0)}  # semitones over the end
 NOISE_LEVELS = {"no noise": None, "faint noise": (25.0, 28.0), "moderate noise": (11.0, 14.0), "strong noise": (-2.0, 1.0)}  # dB
 BACKGROUNDS = {"nothing": None, "hiss": "hiss", "humming": "hum", "crackling": "crackle", "babble": "babble"}
@@ -108,6 +108,8 @@ RANGES: dict[str, list[float]] = {
 SCENES = {"sentence": 0.70, "speaker": 0.09, "turns": 0.11, "language": 0.10}  # shares
 SETS = {"test": (0, 1), "valid": (1, 2), "train": (2, 10)}  # tenths of all sentences
 PITCH_SETTINGS = (0, 25, 50, 75, 99)
+PITCH_RANGE = 60  # espeak-ng's, of a voice in its natural manner
+CALM = 25         # where melody of its own would be in the way
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,8 @@ def _check_draw(variants: Sequence[str], sentences: str, scene: str | None, lang
     unknown = [variant for variant in variants if variant not in VARIANTS]
     sexes = [VARIANTS[variant][0] for variant in dict.fromkeys(variants) if variant in VARIANTS]
     if unknown or min(sexes.count("man"), sexes.count("woman")) < 2:
-        raise BadInput("draw", f"the voices {listing(list(variants), 40) or 'none'}", "two men and two women or more, all of them of "
-                       "texture.VARIANTS")
+        raise BadInput("draw", f"the voices {listing(list(variants), 40) or 'none'}", "two men and two women or more, all of "
+                       "them of texture.VARIANTS")
     if sentences not in SETS or scene not in {None, *SCENES} or not set(languages) <= set(LANGUAGES):
         raise BadInput("draw", f"sentences {sentences!r}, scene {scene!r}, languages {listing(list(languages))}",
                        f"{listing(list(SETS))}; {listing(list(SCENES))}, or None; some of {listing(list(LANGUAGES))}")
@@ -311,7 +313,7 @@ def _sentence(studio: _Studio) -> Clip:
     if quiet and style in ("normal", "monotone") and pace != "very fast":
         labels |= _words(rng, words)
     return Clip(" ".join(words), parts, LANGUAGES["english"], rng.randint(*rates),
-                {"monotone": 0}.get(style, 25 if contour != "natural" else rng.randint(45, 55)), level, STYLES[style], contour,
+                {"monotone": 0}.get(style, CALM if contour != "natural" else PITCH_RANGE), level, STYLES[style], contour,
                 background, sounds, studio.seed(), labels)
 
 
@@ -388,7 +390,7 @@ def _in_turn(studio: _Studio, labels: dict[str, str], voices: Sequence[tuple[str
     parts = tuple(Part(variant, phrase, setting, studio.between(0.1, 0.22) if number else 0.0)
                   for number, ((variant, setting), phrase) in enumerate(zip(voices, phrases(rng, words, len(voices)))))
     level = studio.loudness(labels)
-    return Clip(" ".join(words), parts, LANGUAGES["english"], rate, 50, level, "normal", "natural", studio.faint_background(),
+    return Clip(" ".join(words), parts, LANGUAGES["english"], rate, CALM, level, "normal", "natural", studio.faint_background(),
                 None, studio.seed(), {**labels, **_words(rng, words)})
 
 
@@ -398,7 +400,7 @@ def _language(studio: _Studio) -> Clip:
     digits, (variant, setting) = studio.digits(), studio.voice(None, None)
     level = studio.loudness(labels)
     text, rate = " ".join(digits), round(studio.free("rate"))
-    return Clip(text, (Part(variant, text, setting),), LANGUAGES[labels["language"]], rate, 50, level, "normal", "natural",
+    return Clip(text, (Part(variant, text, setting),), LANGUAGES[labels["language"]], rate, PITCH_RANGE, level, "normal", "natural",
                 studio.faint_background(), None, studio.seed(), labels)
 
 
@@ -422,7 +424,7 @@ def say(clip: Clip) -> Sound:
         spoken = trim(speak(part.words + stop, voice=clip.language, variant=part.variant, rate=clip.rate, pitch=part.pitch,
                             pitch_range=clip.pitch_range, sampling_rate=SAMPLING_RATE))
         if last and clip.contour != "natural":
-            spoken = bend_end(spoken, CONTOURS[clip.contour], min(0.6, 0.7 * len(spoken) / SAMPLING_RATE))
+            spoken = bend_end(spoken, CONTOURS[clip.contour], min(0.6, 0.75 * len(spoken) / SAMPLING_RATE))
         pieces += [silence(part.gap), spoken]
     return np.concatenate(pieces)
 
