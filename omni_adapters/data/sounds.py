@@ -189,17 +189,18 @@ def creaky_pulses(length: int, random: np.random.Generator) -> Sound:
 
 
 def bend_end(speech: Sound, semitones: Sequence[float], seconds: float) -> Sound:
-    """The last `seconds` with the pitch moved along `semitones`, points evenly spread over them. As long as before.
+    """The last `seconds` of voice with the pitch moved along `semitones`, points evenly spread over them. As long as before.
 
     Grains of two periods, cut at the pitch marks there are, are laid down at the marks there shall be.
     """
-    first = max(0, len(speech) - round(seconds * SAMPLING_RATE))
-    track = pitch_track(speech[first:])
+    track = pitch_track(speech)
     if not np.isfinite(track).any():
         return speech
-    periods = _periods(track, len(speech) - first)
+    end = min(len(speech), 160 * int(np.flatnonzero(np.isfinite(track))[-1]))
+    first = max(0, end - round(seconds * SAMPLING_RATE))
+    periods = _periods(track, len(speech))[first:]
     marks = _marks(speech[first:], periods)
-    ratio = 2 ** (np.interp(np.arange(len(periods)), np.linspace(0, len(periods), len(semitones)), semitones) / 12)
+    ratio = 2 ** (np.interp(np.arange(len(periods)), np.linspace(0, end - first, len(semitones)), semitones) / 12)
     bent = _lay_down(speech[first:], marks, periods, ratio)
     fade = np.minimum(1, np.arange(len(bent)) / 160).astype(np.float32)                   # 10 ms from the old to the new
     return np.concatenate([speech[:first], (1 - fade) * speech[first:] + fade * bent])

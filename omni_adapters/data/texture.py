@@ -21,7 +21,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,23 +52,37 @@ WORDS = """
 """.split()
 DIGITS = "0 1 2 3 4 5 6 7 8 9".split()
 
-# variant → (apparent sex, Hz at pitch 0, 25, 50, 75, 99): medians of `pitch_of` over three sentences, pitch_range 60.
-# The sex is the variant file's own `gender`, or the measured pitch where it has none. Left out: whispers, robots, croaks, echoes,
-# voices that stretch or swallow syllables (pace would be theirs), and those that sound alike.
-VARIANTS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "f1": ("woman", (119, 145, 184, 239, 308)), "f2": ("woman", (137, 163, 203, 258, 327)),
-    "f3": ("woman", (155, 182, 219, 271, 340)), "f4": ("woman", (118, 145, 184, 239, 314)),
-    "linda": ("woman", (137, 178, 232, 314, 421)), "belinda": ("woman", (138, 178, 232, 314, 421)),
-    "steph": ("woman", (108, 142, 187, 250, 340)), "steph3": ("woman", (108, 142, 186, 250, 340)),
-    "grandma": ("woman", (151, 176, 208, 254, 314)), "Annie": ("woman", (203, 221, 250, 291, 356)),
-    "steph2": ("woman", (108, 142, 186, 250, 340)), "f5": ("woman", (137, 167, 211, 271, 356)),
-    "aunty": ("woman", (73, 114, 170, 250, 356)), "Alicia": ("woman", (172, 206, 258, 320, 416)),
-    "m1": ("man", (66, 78, 96, 124, 160)), "m2": ("man", (65, 80, 103, 136, 180)), "m3": ("man", (75, 88, 109, 138, 178)),
-    "m4": ("man", (68, 80, 98, 123, 157)), "m6": ("man", (70, 83, 104, 134, 176)), "m7": ("man", (80, 92, 111, 138, 174)),
-    "john": ("man", (69, 84, 104, 135, 176)), "ed": ("man", (91, 107, 131, 163, 208)), "max": ("man", (71, 85, 105, 134, 174)),
-    "Gene": ("man", (63, 77, 98, 127, 167)), "Lee": ("man", (61, 77, 98, 130, 172)), "Mike": ("man", (67, 78, 94, 119, 150)),
-    "travis": ("man", (77, 88, 107, 133, 172)), "m5": ("man", (71, 85, 105, 134, 174)), "m8": ("man", (63, 74, 89, 112, 143)),
-    "edward": ("man", (71, 86, 105, 134, 174)), "norbert": ("man", (70, 84, 104, 134, 176)),
+PITCH_SETTINGS = (0, 25, 50, 75, 99)
+PITCH_RANGE = 60  # espeak-ng's, of a voice in its natural manner
+CALM = 25         # where a melody of its own would be in the way
+
+
+class Voice(NamedTuple):
+    """Medians of `pitch_of` over three sentences."""
+
+    sex: str                # apparent: the variant file's own `gender`, or by measured pitch where it has none
+    hertz: tuple[int, ...]  # at the five PITCH_SETTINGS, in PITCH_RANGE
+    calm: float             # times these in the range CALM
+
+
+# Left out: whispers, robots, croaks, echoes, and voices that stretch or swallow syllables, for pace would be theirs.
+VARIANTS: dict[str, Voice] = {
+    "f1": Voice("woman", (119, 145, 184, 239, 308), 0.92), "f2": Voice("woman", (137, 163, 203, 258, 327), 0.90),
+    "f3": Voice("woman", (155, 182, 219, 271, 340), 0.89), "f4": Voice("woman", (118, 145, 184, 239, 314), 0.93),
+    "linda": Voice("woman", (137, 178, 232, 314, 421), 0.95), "belinda": Voice("woman", (138, 178, 232, 314, 421), 0.95),
+    "steph": Voice("woman", (108, 142, 187, 250, 340), 0.96), "steph3": Voice("woman", (108, 142, 186, 250, 340), 0.96),
+    "grandma": Voice("woman", (151, 176, 208, 254, 314), 0.86), "Annie": Voice("woman", (203, 221, 250, 291, 356), 0.84),
+    "steph2": Voice("woman", (108, 142, 186, 250, 340), 0.96), "f5": Voice("woman", (137, 167, 211, 271, 356), 0.92),
+    "aunty": Voice("woman", (73, 114, 170, 250, 356), 1.03), "Alicia": Voice("woman", (172, 206, 258, 320, 416), 0.90),
+    "m1": Voice("man", (66, 78, 96, 124, 160), 0.91), "m2": Voice("man", (65, 80, 103, 136, 180), 0.93),
+    "m3": Voice("man", (75, 88, 109, 138, 178), 0.90), "m4": Voice("man", (68, 80, 98, 123, 157), 0.89),
+    "m6": Voice("man", (70, 83, 104, 134, 176), 0.92), "m7": Voice("man", (80, 92, 111, 138, 174), 0.88),
+    "john": Voice("man", (69, 84, 104, 135, 176), 0.92), "ed": Voice("man", (91, 107, 131, 163, 208), 0.89),
+    "max": Voice("man", (71, 85, 105, 134, 174), 0.91), "Gene": Voice("man", (63, 77, 98, 127, 167), 0.93),
+    "Lee": Voice("man", (61, 77, 98, 130, 172), 0.94), "Mike": Voice("man", (67, 78, 94, 119, 150), 0.89),
+    "travis": Voice("man", (77, 88, 107, 133, 172), 0.89), "m5": Voice("man", (71, 85, 105, 134, 174), 0.91),
+    "m8": Voice("man", (63, 74, 89, 112, 143), 0.89), "edward": Voice("man", (71, 86, 105, 134, 174), 0.91),
+    "norbert": Voice("man", (70, 84, 104, 134, 176), 0.92),
 }
 VOICES: dict[str, list[str]] = {
     "train": "f1 f2 f3 linda belinda steph steph3 grandma Annie m1 m2 m3 m4 m6 m7 john ed max Gene Lee".split(),
@@ -84,7 +98,7 @@ PACES = {"very slow": (80, 88), "rather slow": (130, 140), "rather fast": (208, 
 LEVELS = {"very quiet": (-51.0, -48.0), "rather quiet": (-40.0, -37.0), "rather loud": (-29.0, -26.0),
           "very loud": (-18.0, -15.0)}  # dBFS
 STYLES = {"normal": "normal", "whispered": "whisper", "croaky": "creak", "monotone": "monotone"}
-CONTOURS = {"question": (0, 0, 4, 9), "statement": (0, -2, -6, -9), "exclamation": (2, 9, 0, -9),
+CONTOURS = {"question": (0, 0, 4, 9), "statement": (0, -2, -6, -8), "exclamation": (7, 8, 4, -1, -6),
             "unfinished": (0, 0, 0, 0)}  # semitones over the end
 NOISE_LEVELS = {"no noise": None, "faint noise": (25.0, 28.0), "moderate noise": (11.0, 14.0), "strong noise": (-2.0, 1.0)}  # dB
 BACKGROUNDS = {"nothing": None, "hiss": "hiss", "humming": "hum", "crackling": "crackle", "babble": "babble"}
@@ -97,8 +111,9 @@ PAUSES = tuple(f"{number} pause" if number == "one" else f"{number} pauses" for 
 BEEPS = tuple(f"{number} beep" if number == "one" else f"{number} beeps" for number in NUMBERS[1:5])
 WORD_COUNTS = tuple(f"{number} words" for number in NUMBERS[3:7])
 
-NATURAL = {"man": (76.0, 142.0), "woman": (165.0, 300.0)}  # Hz, where nobody is asked about pitch
-SLOTS = (("man", (70.0, 90.0)), ("man", (120.0, 142.0)), ("woman", (168.0, 200.0)), ("woman", (250.0, 310.0)))  # of turns, Hz
+NATURAL = {"man": (80.0, 140.0), "woman": (175.0, 300.0)}  # Hz, where nobody is asked about pitch
+BENT = {"man": (95.0, 140.0), "woman": (175.0, 280.0)}      # Hz, where the melody falls by nine semitones
+SLOTS = (("man", (70.0, 88.0)), ("man", (116.0, 136.0)), ("woman", (170.0, 200.0)), ("woman", (260.0, 315.0)))  # Hz, of turns
 RANGES: dict[str, list[float]] = {
     "words": [3, 6],          # of a sentence
     "rate": [130, 220],       # words a minute, where pace is not asked
@@ -107,9 +122,6 @@ RANGES: dict[str, list[float]] = {
 }
 SCENES = {"sentence": 0.70, "speaker": 0.09, "turns": 0.11, "language": 0.10}  # shares
 SETS = {"test": (0, 1), "valid": (1, 2), "train": (2, 10)}  # tenths of all sentences
-PITCH_SETTINGS = (0, 25, 50, 75, 99)
-PITCH_RANGE = 60  # espeak-ng's, of a voice in its natural manner
-CALM = 25         # where melody of its own would be in the way
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,7 @@ def draw(rng: random.Random, variants: Sequence[str], *, sentences: str = "train
 
 def _check_draw(variants: Sequence[str], sentences: str, scene: str | None, languages: Sequence[str]) -> None:
     unknown = [variant for variant in variants if variant not in VARIANTS]
-    sexes = [VARIANTS[variant][0] for variant in dict.fromkeys(variants) if variant in VARIANTS]
+    sexes = [VARIANTS[variant].sex for variant in dict.fromkeys(variants) if variant in VARIANTS]
     if unknown or min(sexes.count("man"), sexes.count("woman")) < 2:
         raise BadInput("draw", f"the voices {listing(list(variants), 40) or 'none'}", "two men and two women or more, all of "
                        "them of texture.VARIANTS")
@@ -252,19 +264,20 @@ class _Studio:
             pass
         return list(words)
 
-    def voice(self, sex: str | None, hertz: tuple[float, float] | None, without: Sequence[str] = ()) -> tuple[str, int]:
-        """A variant of that sex that can speak there, and the pitch setting that it does so at; None for any, natural."""
+    def voice(self, hertz: Mapping[str, tuple[float, float]], pitch_range: int, without: Sequence[str] = ()) -> tuple[str, int]:
+        """A variant that can speak at its sex's `hertz` (sexes that are not there do not speak), and its pitch setting there."""
         able = []
         for variant in self.variants:
-            own, reach = VARIANTS[variant]
-            low, high = hertz or NATURAL[own]
-            if sex in (None, own) and variant not in without and max(low, reach[0]) * 1.08 < min(high, reach[-1]):
-                able.append((variant, max(low, reach[0] * 1.01), min(high, reach[-1] * 0.99)))
+            sex, reach = VARIANTS[variant].sex, pitches(variant, pitch_range)
+            low, high = hertz.get(sex, (math.inf, 0.0))
+            if variant not in without and max(low, reach[0]) * 1.08 < min(high, reach[-1]):
+                able.append((variant, max(low, reach[0]), min(high, reach[-1])))
         if not able:
-            raise BadInput("draw", f"voices of which none ({sex or 'man or woman'}) speaks at {hertz or NATURAL} Hz",
-                           "voices that reach all pitches", "add some of texture.VOICES")
+            raise BadInput("draw", f"voices of which no other speaks at {dict(hertz)} Hz", "voices that reach all pitches",
+                           "add some of texture.VOICES")
         variant, low, high = self.rng.choice(able)
-        return variant, pitch_setting(variant, math.exp(self.rng.uniform(math.log(low), math.log(high))))
+        aim = math.exp(self.rng.uniform(math.log(low), math.log(high)))
+        return variant, round(float(np.interp(math.log(aim), np.log(pitches(variant, pitch_range)), PITCH_SETTINGS)))
 
     def loudness(self, labels: dict[str, str]) -> float:
         if self.rng.random() < 0.5:
@@ -282,10 +295,10 @@ class _Studio:
         return self.rng.randrange(2**31)
 
 
-def pitch_setting(variant: str, hertz: float) -> int:
-    """espeak-ng's pitch at which `variant` speaks at `hertz` in the median, to some 3 %."""
-    measured = np.log(VARIANTS[variant][1])
-    return round(float(np.interp(math.log(hertz), measured, PITCH_SETTINGS)))
+def pitches(variant: str, pitch_range: int) -> list[float]:
+    """Median Hz of a variant at the five PITCH_SETTINGS, to some 3 %; a flatter melody (0 too) lies lower, as in CALM."""
+    voice = VARIANTS[variant]
+    return [hertz * (1.0 if pitch_range == PITCH_RANGE else voice.calm) for hertz in voice.hertz]
 
 
 def _sentence(studio: _Studio) -> Clip:
@@ -295,16 +308,17 @@ def _sentence(studio: _Studio) -> Clip:
     quiet = not asked_of_noise
     style = rng.choices(list(STYLES), (11, 3, 3, 3))[0]
     contour = rng.choice(list(CONTOURS)) if style == "normal" and rng.random() < 0.35 else "natural"
+    melody = 0 if style == "monotone" else PITCH_RANGE if contour == "natural" else CALM
     if style == "normal" and contour == "natural":
         pitch, bounds = rng.choice(list(PITCHES.items()))
-        variant, setting = studio.voice(None, bounds)
+        variant, setting = studio.voice({"man": bounds, "woman": bounds}, PITCH_RANGE)
         _label(labels, "pitch", pitch, quiet)
     else:
-        variant, setting = studio.voice(None, None)
+        variant, setting = studio.voice(NATURAL if contour == "natural" else BENT, melody)
     _label(labels, "style", style, quiet and contour == "natural" and (style != "normal" or rng.random() < 0.4))
     _label(labels, "contour", contour, quiet and contour != "natural")
-    pace, rates = rng.choice(list(PACES.items()))
-    _label(labels, "pace", pace, asked_of_noise != "noise")
+    pace, rates = rng.choice(list(PACES.items())[:4 if contour == "natural" else 3])  # no melody fits into very fast words
+    _label(labels, "pace", pace, asked_of_noise != "noise" and contour == "natural")
     background = _background(studio, asked_of_noise, labels)
     level = studio.loudness(labels) if asked_of_noise != "noise" else studio.free("level")
     words = studio.words()
@@ -313,8 +327,7 @@ def _sentence(studio: _Studio) -> Clip:
     if quiet and style in ("normal", "monotone") and pace != "very fast":
         labels |= _words(rng, words)
     return Clip(" ".join(words), parts, LANGUAGES["english"], rng.randint(*rates),
-                {"monotone": 0}.get(style, CALM if contour != "natural" else PITCH_RANGE), level, STYLES[style], contour,
-                background, sounds, studio.seed(), labels)
+                melody, level, STYLES[style], contour, background, sounds, studio.seed(), labels)
 
 
 def _label(labels: dict[str, str], category: str, value: str, may_be_asked: bool) -> None:
@@ -371,7 +384,7 @@ def _speaker(studio: _Studio) -> Clip:
     """Two phrases, by one or by a man and a woman."""
     rng = studio.rng
     label, sexes = rng.choice(list(SPEAKERS.items()))
-    voices = [studio.voice(sex, None) for sex in sexes]
+    voices = [studio.voice({sex: NATURAL[sex]}, CALM) for sex in sexes]
     return _in_turn(studio, {"speaker": label}, voices * (3 - len(voices)), 3)
 
 
@@ -381,7 +394,7 @@ def _turns(studio: _Studio) -> Clip:
     count = rng.randint(1, 4)
     voices: list[tuple[str, int]] = []
     for sex, hertz in rng.sample(SLOTS, count):
-        voices.append(studio.voice(sex, hertz, without=[variant for variant, _ in voices]))
+        voices.append(studio.voice({sex: hertz}, CALM, without=[variant for variant, _ in voices]))
     return _in_turn(studio, {"turns": TURNS[count - 1]}, voices * rng.randint(2, 4) if count == 1 else voices, 4)
 
 
@@ -397,10 +410,10 @@ def _in_turn(studio: _Studio, labels: dict[str, str], voices: Sequence[tuple[str
 def _language(studio: _Studio) -> Clip:
     """Digits, which are written alike in every language."""
     labels = {"language": studio.rng.choice(studio.languages)}
-    digits, (variant, setting) = studio.digits(), studio.voice(None, None)
+    digits, (variant, setting) = studio.digits(), studio.voice(NATURAL, PITCH_RANGE)
     level = studio.loudness(labels)
-    text, rate = " ".join(digits), round(studio.free("rate"))
-    return Clip(text, (Part(variant, text, setting),), LANGUAGES[labels["language"]], rate, PITCH_RANGE, level, "normal", "natural",
+    text, code, rate = " ".join(digits), LANGUAGES[labels["language"]], round(studio.free("rate"))
+    return Clip(text, (Part(variant, text, setting),), code, rate, PITCH_RANGE, level, "normal", "natural",
                 studio.faint_background(), None, studio.seed(), labels)
 
 

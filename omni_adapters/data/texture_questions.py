@@ -47,7 +47,7 @@ from omni_adapters.data.texture import (
 from omni_adapters.files import json_bytes, json_object
 from omni_adapters.shapes import BadInput, listing
 
-AUDIOBENCH_MINI_SHA256 = ""
+AUDIOBENCH_MINI_SHA256 = "5710dc132b882b9fc5bdb766c23c35a17b47c08f47979743e17bc0b0ac2caa57"
 MINI_TEXTURE, MINI_WORDS = 12, 11  # questions a category
 
 
@@ -159,6 +159,8 @@ def question_lines(rows: Iterable[dict[str, Any]]) -> bytes:
 
 def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a suite. Refused with BadInput, by file and line: what is not a question row."""
+    if not Path(path).is_file():
+        raise BadInput("read_questions", f"{path}, which is not a file", "JSON Lines, a question a line")
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         row = json_object("read_questions", f"{path}, line {number}", line)
@@ -174,7 +176,7 @@ def _is_question(row: dict[str, Any]) -> bool:
     options = row.get("options")
     return (all(isinstance(text, str) for text in texts) and row["about"] in ("texture", "words")
             and isinstance(options, list) and len(options) == 4 and len({str(option) for option in options}) == 4
-            and row.get("answer") in (0, 1, 2, 3) and ("clip" in row) != ("audio" in row))
+            and type(row.get("answer")) is int and 0 <= row["answer"] < 4 and ("clip" in row) != ("audio" in row))
 
 
 def _clip_with(rng: random.Random, category: str, value: str | None) -> Clip:
