@@ -214,10 +214,11 @@ def _periods(track: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.floa
 
 
 def _marks(speech: Sound, periods: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Samples where periods begin: the largest near each place that a period leads to."""
-    marks, here, size = [0], 0.0, np.abs(speech)
+    """Samples where periods begin: the largest of the first period, then the largest near each place that a period leads to."""
+    size = speech * np.sign(np.sum(speech.astype(np.float64) ** 3))  # peaks of one polarity: a period has one of them
+    marks = [int(size[:int(periods[0])].argmax())]
     while (here := marks[-1] + periods[marks[-1]]) < len(speech):
-        slack = int(periods[marks[-1]] / 6)
+        slack = int(periods[marks[-1]] / 10)
         low = int(here) - slack
         marks.append(low + int(size[low:int(here) + slack + 1].argmax()))
     return np.array(marks)
@@ -225,16 +226,17 @@ def _marks(speech: Sound, periods: npt.NDArray[np.float64]) -> npt.NDArray[np.in
 
 def _lay_down(speech: Sound, marks: npt.NDArray[np.int64], periods: npt.NDArray[np.float64],
               ratio: npt.NDArray[np.float64]) -> Sound:
-    edge = int(periods.max()) + 1
+    """Grains at their new places, the first in time with what comes before."""
+    edge = 2 * int(periods.max()) + 2
     padded, out = np.pad(speech, edge), np.zeros(len(speech) + 2 * edge, np.float32)
-    place = 0.0
+    place = float(marks[0] - int(periods[0]))
     while place < len(speech):
         here = int(place)
         mark = marks[np.abs(marks - here).argmin()]
         reach = int(periods[mark])
         grain = padded[edge + mark - reach:edge + mark + reach] * np.hanning(2 * reach)
         out[edge + here - reach:edge + here + reach] += grain
-        place += periods[mark] / ratio[here]
+        place += periods[mark] / ratio[max(here, 0)]
     return out[edge:-edge]
 
 

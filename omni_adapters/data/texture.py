@@ -175,7 +175,7 @@ class Clip:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Clip:
-        """The clip that gave these values. Refused with BadInput: other keys, and what no clip can be made of."""
+        """The clip that gave these values. Refused with BadInput: missing or unknown keys, at any depth."""
         where = "Clip.from_values"
         try:
             parts = tuple(_record(where, Part, part) for part in values["parts"])

@@ -55,7 +55,7 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
 def check_spec(spec: Mapping[str, Any]) -> None:
     """BadInput for unknown or missing keys, voices, languages and ranges, for splits that share sentences, or voices unsaid."""
     unknown = set(spec) - {"seed", "splits", "ranges", "shared_voices"}
-    if unknown or not isinstance(spec.get("seed"), int) or not isinstance(spec.get("splits"), dict) or not spec["splits"]:
+    if unknown or type(spec.get("seed")) is not int or not isinstance(spec.get("splits"), dict) or not spec["splits"]:
         raise BadInput(_WHERE, f"a specification with the keys {listing(list(spec)) or 'none'}",
                        "seed, splits, and if wanted ranges and shared_voices", "see omni-adapters speak --print-spec")
     for name, split in spec["splits"].items():
@@ -143,14 +143,16 @@ def _claim(folder: Path, spec: Mapping[str, Any]) -> None:
 def _check_split(name: str, split: Any) -> None:
     if not isinstance(split, dict) or not {"clips", "voices"} <= set(split) <= _SPLIT_KEYS:
         raise BadInput(_WHERE, f"the split {name}: {str(split)[:60]}", "clips and voices, and if wanted sentences and languages")
-    if not isinstance(split["clips"], int) or split["clips"] < 1:
+    if type(split["clips"]) is not int or split["clips"] < 1:
         raise BadInput(_WHERE, f"clips {split['clips']!r} of the split {name}", "an integer of at least 1")
     if sentences_of(name, split) not in SETS:
         raise BadInput(_WHERE, f"the split {name} with the sentences of {sentences_of(name, split)!r}",
                        f"one of {listing(list(SETS))}", 'give it "sentences"')
-    unknown = [voice for voice in split["voices"] if voice not in VARIANTS]
-    if unknown:
-        raise BadInput(_WHERE, f"the voice {listing(unknown)} of the split {name}", f"some of {listing(list(VARIANTS), 40)}")
+    voices = split["voices"] if isinstance(split["voices"], list) else [split["voices"]]
+    unknown = [voice for voice in voices if str(voice) not in VARIANTS]
+    if unknown or not voices:
+        raise BadInput(_WHERE, f"the voices {listing(unknown) or 'none'} of the split {name}",
+                       f"some of {listing(list(VARIANTS), 40)}")
     foreign = [language for language in split.get("languages", ()) if language not in LANGUAGES]
     if foreign or not split.get("languages", LANGUAGES):
         raise BadInput(_WHERE, f"the languages {listing(foreign) or 'none'} of the split {name}",
