@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ from omni_adapters.data.sounds import (
 from omni_adapters.data.speech import speak
 from omni_adapters.shapes import BadInput, listing
 
-# Common words of two syllables, so that pace is a matter of time alone; no two are alike in American English.
+# Common words of two syllables, so that pace is a matter of time alone.
 WORDS = """
     apple autumn baker basket bottle bridges button carpet castle cherry chicken circle coffee copper cousin cricket daisy
     desert doctor dolphin dragon engine falcon farmer feather finger flower forest garden giant ginger guitar hammer harbor
@@ -251,7 +251,7 @@ class _Studio:
 
     def words(self, least: int = 3) -> list[str]:
         """Any words in any order, of this set's sentences; how many is drawn before them."""
-        low, high = (int(limit) for limit in self.ranges["words"])
+        low, high = (int(bound) for bound in self.ranges["words"])
         count = self.rng.randint(max(low, least), max(high, least))
         return self._of_this_set(lambda: self.rng.sample(WORDS, count))
 
@@ -259,10 +259,10 @@ class _Studio:
         count = self.rng.randint(4, 6)
         return self._of_this_set(lambda: self.rng.choices(DIGITS, k=count))
 
-    def _of_this_set(self, sample: Any) -> list[str]:
+    def _of_this_set(self, sample: Callable[[], list[str]]) -> list[str]:
         while sentence_set(" ".join(words := sample())) != self.sentences:
             pass
-        return list(words)
+        return words
 
     def voice(self, hertz: Mapping[str, tuple[float, float]], pitch_range: int, without: Sequence[str] = ()) -> tuple[str, int]:
         """A variant that can speak at its sex's `hertz` (sexes that are not there do not speak), and its pitch setting there."""
@@ -326,8 +326,8 @@ def _sentence(studio: _Studio) -> Clip:
     sounds = _tones(studio, labels) if quiet else None
     if quiet and style in ("normal", "monotone") and pace != "very fast":
         labels |= _words(rng, words)
-    return Clip(" ".join(words), parts, LANGUAGES["english"], rng.randint(*rates),
-                melody, level, STYLES[style], contour, background, sounds, studio.seed(), labels)
+    return Clip(" ".join(words), parts, LANGUAGES["english"], rng.randint(*rates), melody, level, STYLES[style], contour,
+                background, sounds, studio.seed(), labels)
 
 
 def _label(labels: dict[str, str], category: str, value: str, may_be_asked: bool) -> None:
