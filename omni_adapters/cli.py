@@ -2,6 +2,7 @@
 
     omni-adapters extract --manifest train.jsonl --encoder openai/whisper-base --out shards/train
     torchrun --nproc_per_node=8 -m omni_adapters.cli extract …         # ranks share the work
+    omni-adapters speak --out texture                                  # a corpus of how speech sounds, from nothing
     omni-adapters cost --depth 12 --soft 188 --text 256 --batch 16 --gpu h200 --stage 1
     omni-adapters doctor                                              # what works here, and what to do where it does not
     omni-adapters eval --suite audiobench-mini --reference runs/gpt --adapter runs/instruct/adapter.safetensors
@@ -83,6 +84,14 @@ def add_doctor(options: argparse.ArgumentParser) -> None:
     options.add_argument("--json", action="store_true", help="for programs")
 
 
+def add_speak(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--spec", type=Path, help="JSON: seed, splits, ranges (default: what --print-spec prints)")
+    what = options.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder of the corpus, its own for each specification")
+    what.add_argument("--print-spec", action="store_true", help="print the specification and speak nothing")
+    options.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that speak (default %(default)s)")
+
+
 def add_cost(options: argparse.ArgumentParser) -> None:
     from omni_adapters.cost import MACHINES
     from omni_adapters.step_counts import ENCODERS
@@ -141,6 +150,17 @@ def run_extract(args: argparse.Namespace) -> None:
                        on_bad="skip" if args.skip_bad else "refuse", rank=rank, num_ranks=num_ranks)
     if rank == 0:
         print(out)
+
+
+def run_speak(args: argparse.Namespace) -> None:
+    from omni_adapters.data.texture_corpus import DEFAULT_SPEC, read_spec, speak_corpus
+
+    spec = read_spec(args.spec) if args.spec else DEFAULT_SPEC
+    if args.print_spec:
+        print(json.dumps(spec, indent=1))
+    else:
+        for manifest in speak_corpus(spec, args.out, args.workers).values():
+            print(manifest)
 
 
 def run_cost(args: argparse.Namespace) -> None:
@@ -209,6 +229,8 @@ COMMANDS = {
                       "Exit code 1 if a required package is missing or fails to import.", add_doctor, run_doctor),
     "eval": Command("questions about sound, and whether the answers come from hearing it",
                     "Asks with its own sound, another's, silence, the transcript, and a recogniser's.", add_eval, run_eval),
+    "speak": Command("speak a corpus of textures: who, how high, how fast, in what manner and noise",
+                     "Run again, it goes on where it was stopped. Manifests: OUT/SPLIT.jsonl.", add_speak, run_speak),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a GPT with ears has heard: measures to ask of any training loop."""
+"""How well a GPT listens: suites of questions and what their answers are worth, and a measure for any training loop."""
 
 from omni_adapters.eval.listening import listening_gap
 
