@@ -7,9 +7,12 @@ whose environment names those servers; what is killed, or races, is a process of
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import gzip
 import json
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -43,7 +46,7 @@ from weights_hub import (
 
 from omni_adapters.encoders import weight_cache, weight_transfer, weights
 from omni_adapters.encoders.hf_speech import HFSpeechEncoder
-from omni_adapters.encoders.weight_hubs import check_client_copy
+from omni_adapters.encoders.weight_hubs import MAX_FILES, check_client_copy
 from omni_adapters.encoders.weight_transfer import (
     QUANTUM,
     RETRIES,
@@ -53,6 +56,8 @@ from omni_adapters.encoders.weight_transfer import (
     Patience,
     RemoteFile,
     download,
+    in_one_line,
+    next_hop,
     origin,
 )
 from omni_adapters.encoders.weights import (
@@ -65,8 +70,10 @@ from omni_adapters.encoders.weights import (
     fetch_weights,
     missing_files,
     probe,
+    weight_files,
 )
 from omni_adapters.encoders.whisper import WhisperEncoder
+from omni_adapters.files import json_bytes
 from omni_adapters.fingerprints import describe_encoder
 from omni_adapters.shapes import BadInput
 
@@ -89,6 +96,10 @@ WEIGHTS = "model.safetensors"
 SLACK = 1.5  # seconds that imports and a busy machine may cost besides what a test measures
 
 each_hub = pytest.mark.parametrize("place", PLACES)
+
+
+def flipped(body: bytes) -> bytes:
+    return body[:-1] + bytes([body[-1] ^ 1])
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +273,24 @@ def test_refresh_replaces_the_copy_and_a_failed_one_leaves_it(hub, place):
     assert is_whole(fetch(place), newer)
 
 
+@pytest.mark.parametrize("write", [True, False], ids=["the manifest", "the rename"])
+def test_a_refresh_that_the_disk_refuses_leaves_the_copy(hub, monkeypatch, write):
+    found = fetch("hf:owner/name")
+    rename, refused = os.rename, []
+
+    def full(*arguments: object) -> None:
+        if write or (arguments[1] == found.directory and not refused):
+            refused.append(arguments)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((weight_cache, "write_all", full) if write else (os, "rename", full)))
+        line, = failures("hf:owner/name", refresh=True)
+    assert "No space left" in line and len(refused) == 1 and not list(cache_folder().rglob("*.partial"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch("hf:owner/name") == found and is_whole(found)
+
+
 def test_a_repository_that_gains_the_required_file_is_fetched_again(hub):
     fetch("hf:owner/name")
     hub.revisions["main"] = {**FILES, "other.json": b"1"}
@@ -316,10 +345,6 @@ def closed_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def flipped(body: bytes) -> bytes:
-    return body[:-1] + bytes([body[-1] ^ 1])
-
-
 @each_hub
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])  # by sha256, and on Hugging Face by git's name
 def test_a_flipped_byte_is_refused_and_the_other_place_asked(hub, monkeypatch, place, name):
@@ -360,6 +385,21 @@ def test_names_that_lead_elsewhere_are_not_asked_for(hub, tmp_path, place, name)
 
 
 @each_hub
+def test_a_listing_without_end_is_refused(hub, place):
+    hub.revisions["main"] = hub.revisions["master"] = {**FILES, **{f"{number}.json": b"1" for number in range(MAX_FILES)}}
+    line, = failures(place)
+    assert f"has {MAX_FILES + len(WANTED)} files" in line and not hub.lines(r"resolve|FilePath") and nothing_cached()
+
+
+@pytest.mark.parametrize("body", [b"<html>Sign in to the network</html>", b"[]", b'{"Data": {"Files": [7]}}', b"[" * 100_000,
+                                  b'{"Data": {"Files": [{"Path": "config.json"}]}}', b'{"Data": null}'])
+def test_what_is_no_listing_is_called_that(hub, body):
+    hub.faults.append(lambda answer: answer.write(200, {}, body) is None)
+    line, = failures("ms:owner/name")
+    assert f"{hub.endpoint}: no listing: {body[:9].decode()}" in line and nothing_cached()
+
+
+@each_hub
 def test_pickles_alone_are_not_even_asked_for(hub, place):
     hub.revisions["main"] = hub.revisions["master"] = {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}
     line, = failures(place)
@@ -389,6 +429,32 @@ def test_a_body_that_is_always_cut_gives_up(hub, place):
     line, = failures(place)
     assert "broke off after" in line or "ended after" in line
     assert len(hub.lines(WEIGHTS)) <= 1 + RETRIES + 1 and nothing_cached()  # the first news, and RETRIES without
+
+
+def test_a_server_that_cannot_go_on_where_it_stopped_gives_up(hub):
+    hub.faults.append(breaking_off(WEIGHTS, BODY, 150_000, times=1))
+    hub.faults.append(lambda answer: "Range" in answer.headers and answer.json({}, 416) is None)
+    line, = failures("hf:owner/name")
+    assert "416" in line and nothing_cached()
+
+
+@pytest.mark.parametrize("code, headers, sent", [
+    (206, {"Content-Range": f"bytes 5-{len(BODY) - 1}/{len(BODY)}"}, BODY[5:] + BODY[:5]),  # a part that nobody asked for
+    (200, {"Content-Encoding": "gzip"}, gzip.compress(flipped(BODY), 1)),                    # compressed, and wrong
+    (200, {"Content-Encoding": "gzip"}, gzip.compress(BODY + bytes(50 << 20), 1)),           # a bomb
+    (200, {"Content-Encoding": "gzip"}, BODY),                                               # not compressed at all
+    (200, {"Content-Length": str(len(BODY) + 5)}, BODY),                                     # fewer than announced
+], ids=["206", "gzip", "bomb", "no gzip", "length"])
+def test_bodies_that_are_not_what_was_asked_for_are_refused(hub, code, headers, sent):
+    hub.faults.append(lambda answer: WEIGHTS in answer.path and answer.write(code, headers, sent) is None)
+    line, = failures("hf:owner/name")
+    assert nothing_cached() and ("came with" in line or "more bytes" in line or "decode" in line or "broke off" in line)
+
+
+def test_a_body_that_comes_compressed_all_the_same_is_unpacked(hub):
+    sent = gzip.compress(BODY, 1)
+    hub.faults.append(lambda answer: WEIGHTS in answer.path and answer.write(200, {"Content-Encoding": "gzip"}, sent) is None)
+    assert is_whole(fetch("hf:owner/name"))
 
 
 @each_hub
@@ -522,6 +588,16 @@ def test_a_slow_line_that_keeps_bringing_bytes_may_take_longer_than_the_deadline
     assert taken.seconds > 1.5 and (found.directory / WEIGHTS).read_bytes() == big
 
 
+def test_a_slow_disk_is_no_silent_hub(hub, monkeypatch):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.5), fsync(file)))
+    assert is_whole(fetch("hf:owner/name", deadline=0.4))
+
+
+def test_a_deadline_beyond_what_sockets_can_wait_for_is_as_long_as_they_can(hub):
+    assert is_whole(fetch("ms:owner/name", deadline=1e300))
+
+
 def test_the_deadline_comes_from_the_environment_too(hub, monkeypatch):
     hub.faults.append(mute())
     monkeypatch.setenv("OMNI_ADAPTERS_DEADLINE", "0.3")
@@ -578,6 +654,26 @@ def test_a_redirect_at_home_keeps_the_token(hub, monkeypatch):
     assert is_whole(fetch("ms:owner/name"))
     moved, = (request for request in hub.requests if "cdn" in request.line)
     assert moved.headers["Authorization"] == "Bearer ms_secret"
+
+
+def test_redirects_in_a_circle_end(hub):
+    hub.faults.append(lambda answer: "FilePath" in answer.path and answer.json({}, 302, {"Location": answer.path}) is None)
+    line, = failures("ms:owner/name")
+    assert "more than 10 redirects" in line and nothing_cached()
+
+
+@pytest.mark.parametrize("url, location, leads", [
+    ("https://a/x/y", "z", "https://a/x/z"), ("https://a/x", "//b/y", "https://b/y"), ("http://a", "https://b", "https://b"),
+    ("http://a/x", "/y", "http://a/y"), ("https://a/x", "http://a/x", None), ("https://a/x", "http://b/x", None),
+    ("https://a/x", "file:///etc/passwd", None),
+])
+def test_a_redirect_does_not_lead_from_https_to_http(url, location, leads):
+    with contextlib.nullcontext() if leads else pytest.raises(ConnectionError, match="not https"):
+        assert next_hop(url, location) == leads
+
+
+def test_a_hubs_words_do_not_steer_the_terminal():
+    assert in_one_line(OSError("\x1b]0;title\x07 one\n\ttwo\u202e")) == "OSError: ?]0;title? one two?"
 
 
 def test_passwords_in_netrc_are_not_used(hub, tmp_path, monkeypatch):
@@ -660,8 +756,7 @@ def test_a_copy_that_changed_is_set_aside_and_fetched_again(hub, monkeypatch, pl
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line, = failures(place)  # no way to heal it, no way around it
     assert message in line and found.directory.is_dir()
-    assert [copy.ok for copy in cached_copies(verify=True)] == ([] if message == "does not read" and not
-                                                                (found.directory / ".copy.json").exists() else [False])
+    assert [(copy.directory, copy.ok) for copy in cached_copies(verify=True)] == [(found.directory, False)]
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.warns(UserWarning, match=message):
         healed = fetch_weights("Test", [place])
@@ -669,6 +764,49 @@ def test_a_copy_that_changed_is_set_aside_and_fetched_again(hub, monkeypatch, pl
     aside, = found.directory.parent.glob(".bad-*")
     assert not is_whole(Weights(aside, "")) or message in ("is not as it was written", "does not read")
     assert fetch(place) == found and len(cached_copies()) == 1
+
+
+def test_a_copy_that_the_disk_does_not_give_back_is_set_aside_too(hub, monkeypatch):
+    found = fetch("hf:owner/name")
+    bad, hash_file = (found.directory / WEIGHTS).stat().st_ino, weight_cache.hash_file
+
+    def read(path: Path, digest: object) -> str:
+        if path.stat().st_ino == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return hash_file(path, digest)
+    monkeypatch.setattr(weight_cache, "hash_file", read)
+    assert [copy.ok for copy in cached_copies(verify=True)] == [False]
+    with pytest.warns(UserWarning, match="cannot be read .*Input/output error"):
+        assert fetch_weights("Test", ["hf:owner/name"]) == found
+    assert is_whole(found) and [copy.ok for copy in cached_copies(verify=True)] == [True]
+
+
+def test_rubbish_in_the_cache_is_listed_as_damaged_and_hides_nothing(hub):
+    found = fetch("hf:owner/name")
+    owner = found.directory.parent
+    for name, manifest in {"empty": None, "list": b"[]", "folder": b"", "link": b""}.items():
+        (owner / name).mkdir()
+        if name == "folder":
+            (owner / name / ".copy.json").mkdir()
+        elif name == "link":
+            (owner / name / ".copy.json").symlink_to("/dev/null/nowhere")
+        elif manifest is not None:
+            (owner / name / ".copy.json").write_bytes(manifest)
+    for wrong in ({"source": 7}, {"revision": None}, {"files": [{"name": "config.json", "size": "2", "sha256": "0"}]},
+                  {"files": [{"name": "../config.json", "size": 2, "sha256": "0"}]}, {"files": [[]]}, {"format": 2}):
+        resign(found.directory, owner / f"signed{len(list(owner.iterdir()))}", wrong)
+    (owner / "file").write_text("")
+    copies = cached_copies(verify=True)
+    assert [copy.directory for copy in copies if copy.ok] == [found.directory] and len(copies) == 1 + 4 + 6
+    assert all(copy.source == f"hf/owner--name/{copy.directory.name}" for copy in copies if not copy.ok)
+
+
+def resign(directory: Path, target: Path, wrong: dict[str, object]) -> None:
+    """A manifest with a true hash of itself and other values."""
+    facts = {**json.loads((directory / ".copy.json").read_text()), **wrong}
+    facts.pop("sha256")
+    target.mkdir()
+    (target / ".copy.json").write_bytes(json_bytes({**facts, "sha256": sha256(json_bytes(facts))}))
 
 
 def test_only_the_last_bad_copy_is_kept(hub):
@@ -717,6 +855,17 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "xdg" / "omni_adapters" / "weights"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "omni_adapters" / "weights"
+
+
+def test_without_a_home_a_directory_still_does(hub, monkeypatch, tmp_path):
+    for name in ("HOME", "OMNI_ADAPTERS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # no entry for this user
+    for name in ("config.json", WEIGHTS):
+        (tmp_path / name).write_bytes(FILES[name])
+    assert fetch("hf:owner/name", "~/nowhere", tmp_path).directory == tmp_path
+    assert [line.count("set OMNI_ADAPTERS_CACHE to a folder") for line in failures("ms:owner/name", "~nobody/x")] == [1, 0]
+    assert hub.lines() == []
 
 
 # ---- several processes -------------------------------------------------------------------------------------------------
@@ -800,6 +949,38 @@ def test_a_process_that_stands_still_is_not_waited_for(hub):
         with seconds() as taken:
             assert is_whole(fetch("hf:owner/name", deadline=1.0))
     assert 0.5 <= taken.seconds < 0.5 + SLACK
+
+
+def test_whoever_removes_orphans_first_makes_headway_all_the_same(tmp_path):
+    slot = weight_cache.Slot("hf:owner/name", tmp_path / "@default")
+    orphan, fresh = (tmp_path / f".@default.{digit * 8}.partial" for digit in "01")
+    orphan.mkdir()
+    (orphan / WEIGHTS).write_bytes(bytes(10_000))
+    released, seen = [], []
+
+    def work() -> None:
+        (orphan / WEIGHTS).unlink()
+        fresh.mkdir()
+        for size in range(15):
+            (fresh / WEIGHTS).write_bytes(bytes(size))
+            time.sleep(0.1)
+        released.append(time.monotonic())
+        os.close(held)
+    held = os.open(tmp_path / ".@default.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    worker = threading.Thread(target=work)
+    worker.start()
+    with weight_cache.turn(slot, lambda: seen.append(1), 0.7):
+        assert released and len(seen) > 1
+    worker.join()
+
+
+def test_a_new_folder_that_a_rival_is_removing_is_not_used(tmp_path, monkeypatch):
+    answers = [False, True]
+    monkeypatch.setattr(weight_cache, "lock", lambda file: answers.pop(0))
+    with weight_cache.partial_folder(weight_cache.Slot("hf:owner/name", tmp_path / "@default")) as folder:
+        first, second = sorted(tmp_path.iterdir(), key=lambda path: path == folder)
+        assert second == folder != first and not answers
 
 
 def test_a_rival_that_was_faster_wins_and_its_partial_work_is_left_alone(hub, monkeypatch):
@@ -903,6 +1084,38 @@ def test_shards_are_all_required(tmp_path):
     assert missing_files(tmp_path, []) == ["model-00002-of-00002.safetensors"]
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
     assert missing_files(tmp_path, []) == []
+
+
+@pytest.mark.parametrize("index", [
+    '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": "/model.safetensors"}}', '{"weight_map": {}}',
+    '{"weight_map": {"a": "model.bin"}}', '{"weight_map": {"a": 7, "b": "model.safetensors"}}', '{"weight_map": []}', "[]", "{",
+])
+def test_an_index_that_leads_elsewhere_or_nowhere_is_refused(hub, tmp_path, index):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for path in (inside / "config.json", tmp_path / WEIGHTS, inside / "model.bin"):
+        path.write_bytes(b"{}")
+    (inside / "model.safetensors.index.json").write_text(index.replace('"/', f'"{tmp_path}/'))
+    with pytest.raises(Damaged, match=r"model\.safetensors\.index\.json (lists|is no index)"):
+        weight_files(inside)
+    hub.revisions["main"] = {**{name: body for name, body in FILES.items() if name != WEIGHTS},
+                             "model.safetensors.index.json": (inside / "model.safetensors.index.json").read_bytes()}
+    assert all("model.safetensors.index.json" in line for line in failures(inside, "hf:owner/name")) and nothing_cached()
+
+
+def test_a_path_that_is_no_text(tmp_path):
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    directory.mkdir()
+    for name in ("config.json", WEIGHTS):
+        (directory / name).write_bytes(FILES[name])
+    assert fetch("hf:owner/name", directory).directory == directory == fetch(directory).directory
+
+
+@pytest.mark.parametrize("arguments", [("hf:owner/name",), (["hf:owner/name"], "config.json")])
+def test_one_str_is_not_a_list_of_characters(hub, arguments):
+    with pytest.raises(BadInput, match="as lists"):
+        fetch_weights("Test", *arguments)
+    assert hub.lines() == []
 
 
 def test_importing_the_module_imports_no_client():

@@ -39,9 +39,9 @@ POLL = 0.05             # seconds between looks at what another process fetches
 
 
 class CachedCopy(NamedTuple):
-    """source: `hf:owner/name` or `ms:owner/name`, with `@revision` if one was asked for. revision: the commit where the
-    hub said it, else the revision asked for. ok: False if the copy fails its check, True if every byte was hashed, None if
-    only names and sizes were compared."""
+    """source: `hf:owner/name` or `ms:owner/name`, with `@revision` if one was asked for; where no manifest says so, the
+    folder's path in the cache. revision: the commit where the hub said it, else the revision asked for. ok: False if the copy
+    fails its check, True if every byte was hashed, None if only names and sizes were compared."""
 
     source: str
     revision: str
@@ -61,10 +61,17 @@ class Slot(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """$OMNI_ADAPTERS_CACHE, else omni_adapters/weights in $XDG_CACHE_HOME or ~/.cache. It need not exist."""
+    """$OMNI_ADAPTERS_CACHE, else omni_adapters/weights in $XDG_CACHE_HOME or ~/.cache. It need not exist.
+
+    FileNotFoundError where nothing says which folder `~` is.
+    """
     said = os.environ.get("OMNI_ADAPTERS_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni_adapters" / "weights"
-    return Path(said).expanduser() if said else base
+    try:
+        if said:
+            return Path(said).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omni_adapters" / "weights"
+    except RuntimeError as error:  # no HOME, and a user without an entry, as in some containers
+        raise FileNotFoundError("no home folder to cache weights in: set OMNI_ADAPTERS_CACHE to a folder") from error
 
 
 def slot_of(hub: str, name: str, revision: str | None) -> Slot:
@@ -85,16 +92,25 @@ def check_copy(slot: Slot, verify: bool = True) -> None:
 
 
 def check_files(directory: Path, files: list[dict[str, Any]], verify: bool) -> None:
-    surplus = {path.name for path in wanted_in(directory)} - {row["name"] for row in files}
-    if surplus:
-        raise Damaged(f"{directory / min(surplus)} was not fetched with the rest")
-    for row in files:
-        path = directory / row["name"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != row["size"]:
-            raise Damaged(f"{path} is {'absent' if size is None else f'{size} bytes long'}, {row['size']} bytes were fetched")
-        if verify and hash_file(path, hashlib.sha256()) != row["sha256"]:
-            raise Damaged(f"{path}: its bytes have changed since they were fetched")
+    """Damaged unless the folder has these files and no other that a loader may read."""
+    try:
+        surplus = {path.name for path in wanted_in(directory)} - {row["name"] for row in files}
+        if surplus:
+            raise Damaged(f"{directory / min(surplus)} was not fetched with the rest")
+        for row in files:
+            _check_file(directory / row["name"], row["size"], row["sha256"] if verify else None)
+    except Damaged:
+        raise
+    except OSError as error:  # a bad sector, no permission
+        raise Damaged(f"{directory} cannot be read ({error!s:.160})") from error
+
+
+def _check_file(path: Path, size: int, sha256: str | None) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        raise Damaged(f"{path} is {'absent' if found is None else f'{found} bytes long'}, {size} bytes were fetched")
+    if sha256 and hash_file(path, hashlib.sha256()) != sha256:
+        raise Damaged(f"{path}: its bytes have changed since they were fetched")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -105,7 +121,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             facts = json_object("weights", str(path), file.read(MAX_MANIFEST))
         own = facts.pop("sha256", None)
         whole = hashlib.sha256(json_bytes(facts)).hexdigest() == own
-        fits = facts["format"] == FORMAT and all(is_wanted(row["name"]) for row in facts["files"])
+        texts = [facts["source"], facts["revision"], *(row["sha256"] for row in facts["files"])]
+        fits = (facts["format"] == FORMAT and all(isinstance(text, str) for text in texts)
+                and all(is_wanted(row["name"]) and row["size"] >= 0 for row in facts["files"]))
     except (BadInput, OSError, KeyError, TypeError) as error:
         raise Damaged(f"{path} does not read ({error!s:.160})") from error
     if not (whole and fits):
@@ -114,17 +132,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def cached_copies(verify: bool = False) -> list[CachedCopy]:
-    """The copies in this cache, by source. `verify` hashes every byte of them."""
-    found = [_look(path.parent, verify) for hub in HUBS for path in cache_folder().glob(f"{hub}/*/[!.]*/{MANIFEST}")]
-    return sorted(found)
+    """The copies in this cache, by source, damaged ones too. `verify` hashes every byte of them."""
+    cache = cache_folder()
+    return sorted(_look(cache, path, verify) for hub in HUBS for path in cache.glob(f"{hub}/*/[!.]*") if path.is_dir())
 
 
-def _look(directory: Path, verify: bool) -> CachedCopy:
-    num_bytes = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+def _look(cache: Path, directory: Path, verify: bool) -> CachedCopy:
+    num_bytes = _size(list(directory.glob("*")))
     try:
         facts = read_manifest(directory)
     except Damaged:
-        return CachedCopy("", "", directory, num_bytes, False)
+        return CachedCopy(str(directory.relative_to(cache)), "", directory, num_bytes, False)
     try:
         check_files(directory, facts["files"], verify)
     except Damaged:
@@ -137,7 +155,7 @@ def _look(directory: Path, verify: bool) -> CachedCopy:
 
 @contextmanager
 def turn(slot: Slot, headway: Callable[[], None], alone_after: float) -> Iterator[None]:
-    """One process at a time fetches a source. `headway` is called whenever the other one's files have grown; when they have
+    """One process at a time fetches a source. `headway` is called whenever the other one's files have changed; when they have
     not for `alone_after` seconds, we go on beside the other."""
     slot.directory.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(slot.beside(f".{slot.directory.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
@@ -145,7 +163,7 @@ def turn(slot: Slot, headway: Callable[[], None], alone_after: float) -> Iterato
         since, grown = time.monotonic(), _size(_partials(slot, "/*"))
         while lock(file) is False and time.monotonic() - since < alone_after:
             size = _size(_partials(slot, "/*"))
-            if size > grown:
+            if size != grown:  # less, when orphans are removed or a file is sent again
                 since, grown = time.monotonic(), size
                 headway()
             time.sleep(POLL)
@@ -195,12 +213,11 @@ def remove_orphans(slot: Slot) -> None:
 
 def _create_locked(slot: Slot) -> tuple[Path, int]:
     while True:
-        folder = slot.beside(f".{slot.directory.name}.{os.urandom(4).hex()}.partial")
+        folder = slot.beside(_new_partial(slot))
         folder.mkdir()
         with suppress(FileNotFoundError):  # a rival took it for an orphan before it was locked
             file = os.open(folder, os.O_RDONLY)
-            lock(file)
-            if folder.is_dir():
+            if lock(file) is not False and folder.is_dir():
                 return folder, file
             os.close(file)
 
@@ -208,20 +225,28 @@ def _create_locked(slot: Slot) -> tuple[Path, int]:
 def _size(paths: list[Path]) -> int:
     total = 0
     for path in paths:
-        with suppress(OSError):  # moved into place meanwhile
+        with suppress(OSError):  # moved or gone meanwhile
             total += path.stat().st_size
     return total
+
+
+def _new_partial(slot: Slot) -> str:
+    return f".{slot.directory.name}.{os.urandom(4).hex()}.partial"
 
 
 def _partials(slot: Slot, inside: str = "") -> list[Path]:
     return list(slot.directory.parent.glob(f".{slot.directory.name}.{'[0-9a-f]' * 8}.partial{inside}"))
 
 
-def finish(slot: Slot, folder: Path, endpoint: str, listing: Listing, hashes: dict[str, str]) -> None:
-    """Write the manifest of a folder whose files are on the disk, and move it into place, over an older copy if there is one.
+def finish(slot: Slot, folder: Path, endpoint: str, listing: Listing, hashes: dict[str, str], replace: bool) -> None:
+    """See a folder's files to the disk, write its manifest, and move it into place, over an older copy with `replace`.
 
-    A copy that a rival put there meanwhile and that is whole stays.
+    Otherwise a copy that a rival put there meanwhile and that is whole stays. The disk's time is no hub's silence: this
+    is not on the clock.
     """
+    for path in folder.iterdir():
+        with open(path, "rb") as fetched:
+            os.fsync(fetched.fileno())
     files = [{"name": file.name, "size": file.size, "sha256": hashes[file.name]} for file in listing.files]
     facts = {"format": FORMAT, "source": slot.source, "endpoint": endpoint, "revision": listing.revision, "files": files}
     content = json_bytes({**facts, "sha256": hashlib.sha256(json_bytes(facts)).hexdigest()})
@@ -232,13 +257,25 @@ def finish(slot: Slot, folder: Path, endpoint: str, listing: Listing, hashes: di
     finally:
         os.close(file)
     sync_folder(folder)
+    _move_into_place(slot, folder, replace)
+    sync_folder(slot.directory.parent)
+
+
+def _move_into_place(slot: Slot, folder: Path, replace: bool) -> None:
+    older = slot.beside(_new_partial(slot))
+    if replace:
+        with suppress(FileNotFoundError):
+            os.rename(slot.directory, older)
     try:
         os.rename(folder, slot.directory)
     except OSError:
         if not slot.directory.is_dir():
+            with suppress(OSError):
+                os.rename(older, slot.directory)
             raise
         check_copy(slot)  # a rival's, whole
-    sync_folder(slot.directory.parent)
+    finally:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def set_aside(slot: Slot) -> Path:
@@ -250,11 +287,3 @@ def set_aside(slot: Slot) -> Path:
     with suppress(FileNotFoundError):  # a rival was faster
         os.rename(slot.directory, aside)
     return aside
-
-
-def remove_copy(slot: Slot) -> None:
-    """Take a copy away that a fresh one is about to replace."""
-    gone = slot.beside(f".{slot.directory.name}.{os.urandom(4).hex()}.partial")
-    with suppress(FileNotFoundError):
-        os.rename(slot.directory, gone)
-    shutil.rmtree(gone, ignore_errors=True)

@@ -26,6 +26,7 @@ from omni_adapters.encoders.weight_transfer import Damaged, Line, Patience, Refu
 # fp32 twins (`model.fp32-00001-of-00002.safetensors`), other frameworks' weights, pickles and subfolders stay where they are.
 WANTED_FILES = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
 MAX_LISTING = 32 << 20  # bytes of a listing
+MAX_FILES = 1000        # that are wanted; the manifest of so many fits what is read of it
 MODELSCOPE = "https://www.modelscope.cn"
 TRUE = {"1", "ON", "YES", "TRUE"}
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -119,11 +120,12 @@ class ModelScope:
     def listing(self, line: Line, name: str, revision: str | None) -> Listing:
         revision = revision or "master"
         repo = f"{line.endpoint}/api/v1/models/{quote(name)}/repo"
-        answer = json.loads(line.read(f"{repo}/files?Revision={quote(revision, safe='')}&Recursive=True", MAX_LISTING))
-        data = answer.get("Data") if isinstance(answer, dict) else None
-        if not isinstance(data, dict) or not isinstance(data.get("Files"), list):
-            raise ConnectionError(f"{line.endpoint}: no listing: {str(answer)[:200]}")
-        rows = [(item["Path"], item["Size"], item.get("Sha256"), None) for item in data["Files"] if item.get("Type") != "tree"]
+        answer = line.read(f"{repo}/files?Revision={quote(revision, safe='')}&Recursive=True", MAX_LISTING)
+        try:
+            files = json.loads(answer)["Data"]["Files"]
+            rows = [(str(item["Path"]), item["Size"], item.get("Sha256"), None) for item in files if item.get("Type") != "tree"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConnectionError(f"{line.endpoint}: no listing: {answer[:200].decode(errors='replace')}") from error
         where = f"{repo}?Revision={quote(revision, safe='')}&FilePath="
         return _listing(rows, revision, lambda file: where + quote(file, safe=""))
 
@@ -254,14 +256,17 @@ def _status(error: BaseException) -> int | None:
 def _listing(rows: Iterable[tuple[str, Any, str | None, str | None]], revision: str, url: Callable[[str], str]) -> Listing:
     """rows: path, size, sha256, git sha1. url: file → where it lies."""
     known = {name: rest for name, *rest in rows if "/" not in name}
-    files = [RemoteFile(name, *_facts(name, *known[name]), url(name)) for name in wanted(known)]
+    names = wanted(known)
+    if len(names) > MAX_FILES:
+        raise Damaged(f"the listing has {len(names)} files to fetch, more than {MAX_FILES}")
+    files = [RemoteFile(name, *_facts(name, *known[name]), url(name)) for name in names]
     return Listing(files, revision, sorted(known.keys() - {file.name for file in files}))
 
 
 def _facts(name: str, size: Any, sha256: str | None, git_sha1: str | None) -> tuple[int, str | None, str | None]:
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise Damaged(f"the listing gives {name} the size {size!r:.40}")
-    if sha256 and re.fullmatch("[0-9a-f]{64}", sha256.lower()):
+    if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256.lower()):
         return size, sha256.lower(), None
     if git_sha1 and COMMIT.fullmatch(git_sha1):
         return size, None, git_sha1

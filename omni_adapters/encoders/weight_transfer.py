@@ -13,7 +13,6 @@ Notable:
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -134,8 +133,8 @@ class Line:
                                             allow_redirects=False, timeout=2 * self.patience.seconds)
                 if not response.is_redirect:
                     break
-                url = urljoin(url, response.headers["Location"])
                 response.close()
+                url = next_hop(url, response.headers["Location"])
             else:
                 raise ConnectionError(f"{url}: more than {MAX_HOPS} redirects")
         except (requests.ConnectionError, requests.Timeout) as error:
@@ -173,6 +172,14 @@ def origin(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
+def next_hop(url: str, location: str) -> str:
+    """Where a redirect leads. From https to http is refused: a listing's hashes could be anybody's."""
+    target = urljoin(url, location)
+    if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
+        raise ConnectionError(f"{url} redirects to {target:.200}, which is not https")
+    return target
+
+
 def refusal(url: str, status: int) -> OSError:
     """The error for an HTTP status of 400 or more."""
     if status >= 500 or status in (408, 429):
@@ -183,9 +190,10 @@ def refusal(url: str, status: int) -> OSError:
 
 
 def download(line: Line, file: RemoteFile, path: Path) -> str:
-    """Write the file at `path`, a new one, to the disk; returns its sha256.
+    """Write the file at `path`, a new one; returns its sha256.
 
     Raises Damaged for bytes that are not the listing's, Dropped when they stop coming, OSError for refusals and the disk.
+    Whoever moves the file into place sees to its fsync, which may take longer than a hub may be silent for.
     """
     with open(path, "xb") as target:
         body = _Body(target, file)
@@ -200,8 +208,6 @@ def download(line: Line, file: RemoteFile, path: Path) -> str:
                     raise
                 time.sleep(PAUSE * 2 ** (failures - 1))
         body.check()
-        target.flush()
-        os.fsync(target.fileno())
     line.patience.renew()
     return body.sha256.hexdigest()
 
@@ -253,5 +259,6 @@ class _Body:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error in one line: its type, and the beginning of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    """An error in one line: its type, and the beginning of what it says, without what a terminal would obey."""
+    said = "".join(character if character.isprintable() else "?" for character in " ".join(str(error).split())[:300])
+    return f"{type(error).__name__}: {said}".rstrip(": ")

@@ -18,7 +18,6 @@ all the same. docs/weights.md says it at length.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -31,13 +30,11 @@ from typing import NamedTuple
 
 from omni_adapters.encoders.weight_cache import (
     CachedCopy,
-    Slot,
     cache_folder,
     cached_copies,
     check_copy,
     finish,
     partial_folder,
-    remove_copy,
     set_aside,
     slot_of,
     turn,
@@ -52,6 +49,7 @@ __all__ = ["PREFLIGHT_TIMEOUT", "WANTED_FILES", "CachedCopy", "Weights", "Weight
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 DEADLINE = 20.0          # seconds of silence in a call, all hubs together; $OMNI_ADAPTERS_DEADLINE
+LONGEST = 1e6            # seconds: twice as many are the most that sockets can wait for
 PREFLIGHT_TIMEOUT = 5.0  # seconds for connecting, and again for the first byte, where a hub's own client talks
 NAME, REVISION = r"\w[\w.-]*(?:/\w[\w.-]*)?", r"(?!.*\.\.)\w[\w./+-]*"
 
@@ -109,8 +107,11 @@ def fetch_weights(where: str, candidates: Iterable[str | Path], required: Iterab
     verify:     hash every byte of a cached copy; False compares names and sizes only. Downloads are always hashed.
     refresh:    download again, and replace the cached copy if that succeeds.
 
-    Raises WeightsUnavailable, and BadInput for a deadline that is none.
+    Raises WeightsUnavailable, and BadInput for a deadline that is none and for one str, whose characters would be candidates.
     """
+    if isinstance(candidates, str) or isinstance(required, str):
+        raise BadInput(where, f"{candidates if isinstance(candidates, str) else required!r:.80}, one str",
+                       "candidates and required files as lists")
     call = Call(where, tuple(required), verify, refresh)
     places = [_place(candidate) for candidate in candidates]
     silence = _deadline(where, deadline)
@@ -139,12 +140,25 @@ def missing_files(directory: Path, required: Iterable[str]) -> list[str]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint: one, or the shards its index lists. They need not exist."""
+    """The safetensors files that make up the checkpoint: one, or the shards its index lists. They need not exist.
+
+    Damaged for an index that lists none, or anything but safetensors files beside it, whose bytes nobody has checked.
+    """
     index = directory / WEIGHTS_INDEX
     if (directory / WEIGHTS).is_file() or not index.is_file():
         return [directory / WEIGHTS]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [directory / name for name in sorted(set(shards))]
+    return [directory / name for name in _shards(index)]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json_object("weights", str(index), index.read_bytes())["weight_map"].values()))
+        strange = [name for name in names if os.path.basename(name) != name or not name.endswith(".safetensors")]
+    except (BadInput, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{index} is no index of weights ({in_one_line(error)})") from error
+    if strange or not names:
+        raise Damaged(f"{index} lists {strange[0] if strange else ''!r:.120}, not safetensors files beside it")
+    return names
 
 
 # Places
@@ -152,24 +166,23 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _place(candidate: str | Path) -> Place:
     text = str(candidate)
-    directory = Path(text).expanduser()
+    directory = Path(os.path.expanduser(text))  # unlike Path's, leaves `~nobody` as it is
     key, prefixed, rest = text.partition(":")
     if prefixed and key in HUBS:
         return _hub_place(key, rest, f"{HUBS[key].label} {rest}")
-    if isinstance(candidate, str) and not directory.exists() and re.fullmatch(f"{NAME}(@{REVISION})?", text):
+    if isinstance(candidate, str) and re.fullmatch(f"{NAME}(@{REVISION})?", text) and not os.path.exists(directory):
         return _hub_place("hf", text, f"Hugging Face {text} (no such directory here)")
     return Place(str(directory), str(directory), lambda call: _directory(directory, call.required), None)
 
 
 def _hub_place(key: str, text: str, label: str) -> Place:
     name, _, revision = text.partition("@")
-    slot = slot_of(key, name, revision or None)
+    source = f"{key}:{text}"
     if not re.fullmatch(f"{NAME}(@{REVISION})?", text):
         def refuse(call: Call) -> Path:
             raise ValueError("not owner/name or owner/name@revision")
-        return Place(label, f"{key}:{text}", refuse, None)
-    return Place(label, slot.source, partial(_at_hand, HUBS[key], slot, name, revision or None),
-                 partial(_fetch, HUBS[key], slot, name, revision or None))
+        return Place(label, source, refuse, None)
+    return Place(label, source, partial(_at_hand, key, name, revision or None), partial(_fetch, key, name, revision or None))
 
 
 def _bring(place: Place, call: Call, patience: Patience) -> Path:
@@ -209,8 +222,9 @@ def _incomplete(missing: Iterable[str], others: Iterable[str]) -> FileNotFoundEr
 # Hubs
 
 
-def _at_hand(hub: Hub, slot: Slot, name: str, revision: str | None, call: Call) -> Path:
+def _at_hand(key: str, name: str, revision: str | None, call: Call) -> Path:
     """The copy in our own cache, else the one in the cache of the hub's client, after a look at it."""
+    slot = slot_of(key, name, revision)
     failure: OSError = FileNotFoundError("none here")
     if slot.directory.is_dir():
         try:
@@ -218,7 +232,7 @@ def _at_hand(hub: Hub, slot: Slot, name: str, revision: str | None, call: Call) 
             return _complete(slot.directory, call.required)
         except OSError as error:
             failure = error
-    client_copy = hub.cached(name, revision)
+    client_copy = HUBS[key].cached(name, revision)
     if client_copy is None:
         raise failure
     _complete(client_copy, call.required)
@@ -226,8 +240,9 @@ def _at_hand(hub: Hub, slot: Slot, name: str, revision: str | None, call: Call) 
     return client_copy
 
 
-def _fetch(hub: Hub, slot: Slot, name: str, revision: str | None, call: Call, patience: Patience) -> Path:
+def _fetch(key: str, name: str, revision: str | None, call: Call, patience: Patience) -> Path:
     """Download into a folder beside the slot and move it there; while another process does the same, wait for that."""
+    hub, slot = HUBS[key], slot_of(key, name, revision)
     endpoint = hub.endpoint()
     patience.renew()
     with turn(slot, patience.renew, patience.seconds / 2):
@@ -237,7 +252,7 @@ def _fetch(hub: Hub, slot: Slot, name: str, revision: str | None, call: Call, pa
                 return _complete(slot.directory, call.required)
             except Damaged as damage:
                 warnings.warn(f"{call.where}: {damage}. It is set aside as {set_aside(slot)} and fetched again", stacklevel=5)
-            except OSError:  # whole, but it lacks what this call requires: the hub may have it by now
+            except FileNotFoundError:  # whole, but it lacks what this call requires: the hub may have it by now
                 pass
             patience.renew()
         with partial_folder(slot) as folder:
@@ -247,9 +262,8 @@ def _fetch(hub: Hub, slot: Slot, name: str, revision: str | None, call: Call, pa
             except Refused as refused:
                 refused.todo = hub.way_in(name)
                 raise
-            if slot.directory.is_dir() and (call.refresh or missing_files(slot.directory, call.required)):
-                remove_copy(slot)
-            finish(slot, folder, endpoint, listing, hashes)
+            replace = slot.directory.is_dir() and (call.refresh or bool(missing_files(slot.directory, call.required)))
+            finish(slot, folder, endpoint, listing, hashes, replace)
     return slot.directory
 
 
@@ -274,14 +288,14 @@ def _deadline(where: str, seconds: float | None) -> float:
     with suppress(ValueError):
         found = float(str(said))
         if math.isfinite(found) and found > 0:
-            return found
+            return min(found, LONGEST)
     raise BadInput(where, f"a deadline of {said!r:.80}", "seconds above 0",
                    "pass deadline=… or set OMNI_ADAPTERS_DEADLINE" if seconds is None else "")
 
 
 def _memory(places: Sequence[Place]) -> Path:
     """The file that says which of these places, in this order, had the weights when an earlier one failed."""
-    sources = json_bytes([place.source for place in places])
+    sources = b"\0".join(os.fsencode(place.source) for place in places)
     return cache_folder() / "stand_ins" / f"{hashlib.sha256(sources).hexdigest()}.json"
 
 
@@ -295,8 +309,8 @@ def _recall(places: Sequence[Place]) -> Place | None:
 
 def _remember(places: Sequence[Place], number: int) -> None:
     """Without it, a hub that is out of reach would be asked again on every load. A cache that is read-only forgets."""
-    memory = _memory(places)
-    with suppress(OSError):
+    with suppress(OSError, UnicodeEncodeError):  # a path need not be text
+        memory = _memory(places)
         if is_offline():  # says nothing about the hubs
             return
         if not any(place.fetch for place in places[:number]):
