@@ -391,6 +391,14 @@ def test_a_listing_without_end_is_refused(hub, place):
     assert f"has {MAX_FILES + len(WANTED)} files" in line and not hub.lines(r"resolve|FilePath") and nothing_cached()
 
 
+def test_modelscope_lists_no_more_than_3000_files_and_does_not_say_so(hub):
+    hub.revisions["master"] = {**{f"sub/{number}.bin": b"" for number in range(3000)}, **FILES}
+    assert is_whole(fetch("ms:owner/name"))
+    hub.revisions["v1"] = {**FILES, **{f"{number}.bin": b"" for number in range(3000)}, "z.json": b"{}"}
+    line, = failures("ms:owner/name@v1")
+    assert "it lists 3000 entries, the most it sends" in line and not hub.lines("FilePath=z.json")
+
+
 @pytest.mark.parametrize("body", [b"<html>Sign in to the network</html>", b"[]", b'{"Data": {"Files": [7]}}', b"[" * 100_000,
                                   b'{"Data": {"Files": [{"Path": "config.json"}]}}', b'{"Data": null}'])
 def test_what_is_no_listing_is_called_that(hub, body):

@@ -129,10 +129,11 @@ class Answer(BaseHTTPRequestHandler):
             return self.json({"Code": 10010205001, "Message": "not found", "Success": False}, 404)
         if parts[2:] == ["repo", "files"]:
             rows = [{"Path": name, "Name": name, "Type": "blob", "Size": len(body), "Sha256": sha256(body),
-                     "IsLFS": _is_large(name)} for name, body in files.items()]
+                     "IsLFS": _is_large(name)} for name, body in files.items()
+                    if "/" not in name or query.get("Recursive") == "True"]
             rows.append({"Path": "sub", "Name": "sub", "Type": "tree", "Size": 0})
             self.server.listed(rows)
-            return self.json({"Code": 200, "Success": True, "Data": {"Files": rows}})
+            return self.json({"Code": 200, "Success": True, "Data": {"Files": rows[:3000]}})  # as the real one, says its client
         if "FilePath" in query:
             name = query["FilePath"]
             if name not in files:

@@ -27,6 +27,7 @@ from omni_adapters.encoders.weight_transfer import Damaged, Line, Patience, Refu
 WANTED_FILES = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
 MAX_LISTING = 32 << 20  # bytes of a listing
 MAX_FILES = 1000        # that are wanted; the manifest of so many fits what is read of it
+CUT_OFF = 3000          # entries: ModelScope ends a listing there without a word, says modelscope_hub's constants.py
 MODELSCOPE = "https://www.modelscope.cn"
 TRUE = {"1", "ON", "YES", "TRUE"}
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -120,12 +121,14 @@ class ModelScope:
     def listing(self, line: Line, name: str, revision: str | None) -> Listing:
         revision = revision or "master"
         repo = f"{line.endpoint}/api/v1/models/{quote(name)}/repo"
-        answer = line.read(f"{repo}/files?Revision={quote(revision, safe='')}&Recursive=True", MAX_LISTING)
+        answer = line.read(f"{repo}/files?Revision={quote(revision, safe='')}&Recursive=False", MAX_LISTING)
         try:
             files = json.loads(answer)["Data"]["Files"]
             rows = [(str(item["Path"]), item["Size"], item.get("Sha256"), None) for item in files if item.get("Type") != "tree"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConnectionError(f"{line.endpoint}: no listing: {answer[:200].decode(errors='replace')}") from error
+        if len(files) >= CUT_OFF:
+            raise ConnectionError(f"{line.endpoint}: it lists {len(files)} entries, the most it sends, and perhaps not all")
         where = f"{repo}?Revision={quote(revision, safe='')}&FilePath="
         return _listing(rows, revision, lambda file: where + quote(file, safe=""))
 
