@@ -597,9 +597,9 @@ def test_a_slow_line_that_keeps_bringing_bytes_may_take_longer_than_the_deadline
 
 
 def test_a_slow_disk_is_no_silent_hub(hub, monkeypatch):
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.5), fsync(file)))
-    assert is_whole(fetch("hf:owner/name", deadline=0.4))
+    fsync, slow_ones = os.fsync, [0.8]
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(slow_ones.pop() if slow_ones else 0), fsync(file)))
+    assert is_whole(fetch("hf:owner/name", deadline=0.6)) and not slow_ones
 
 
 def test_a_deadline_beyond_what_sockets_can_wait_for_is_as_long_as_they_can(hub):

@@ -244,6 +244,7 @@ def _fetch(key: str, name: str, revision: str | None, call: Call, patience: Pati
     """Download into a folder beside the slot and move it there; while another process does the same, wait for that."""
     hub, slot = HUBS[key], slot_of(key, name, revision)
     endpoint = hub.endpoint()
+    line = Line(endpoint, hub.identity(), patience)  # imports the clients, before the clock runs
     patience.renew()
     with turn(slot, patience.renew, patience.seconds / 2):
         if slot.directory.is_dir() and not call.refresh:
@@ -256,7 +257,6 @@ def _fetch(key: str, name: str, revision: str | None, call: Call, patience: Pati
                 pass
             patience.renew()
         with partial_folder(slot) as folder:
-            line = Line(endpoint, hub.identity(), patience)
             try:
                 listing, hashes = patience.wait_for(endpoint, lambda: _download(hub, line, name, revision, call, folder))
             except Refused as refused:
