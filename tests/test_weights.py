@@ -967,6 +967,7 @@ def test_whoever_removes_orphans_first_makes_headway_all_the_same(tmp_path):
     released, seen = [], []
 
     def work() -> None:
+        time.sleep(0.2)  # the other one has looked at what is there
         (orphan / WEIGHTS).unlink()
         fresh.mkdir()
         for size in range(15):
