@@ -6,6 +6,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from hosts import fingerprint, nano_gpt, reference, tiny_hf
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_speech import make_tiny_speech
 from torch import Tensor, nn
 
 from omni_adapters import Features, OmniGPT, Projector
+from omni_adapters.encoders.hf_speech import HFSpeechEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.eval import listening_gap
 from omni_adapters.eval.listening import (
@@ -219,6 +222,19 @@ def test_blank_is_the_encoders_silence() -> None:
     quiet = silence(omni, pad_rows([torch.randn(12, 80), torch.randn(5, 80), torch.randn(0, 80)]))
     expected = omni.encoder(omni.encoder.preprocess([torch.zeros(12 * 160)]))
     assert torch.equal(quiet.values[1, :5], expected.values[0, :5]) and quiet.lens.tolist() == [12, 5, 0]
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2-layer", "bert"])
+def test_silence_is_as_long_as_what_it_replaces(kind: str, tmp_path: Path) -> None:
+    """24 frames' worth of samples make 23 frames in these encoders, and one frame's worth none."""
+    encoder = HFSpeechEncoder(make_tiny_speech(tmp_path, kind))
+    omni = OmniGPT(reference(), (encoder, Projector(32, 32, 16)))
+    features = encoder(encoder.preprocess([torch.randn(8_000), torch.randn(6_000)]))
+    quiet, made = silence(omni, features), encoder(encoder.preprocess([torch.zeros(24 * 320)]))
+    assert features.lens[0] == 24 and quiet.lens.equal(features.lens) and quiet.values.shape == features.values.shape
+    assert torch.equal(quiet.values[0], torch.cat([made.values[0], made.values[0, -1:]]))
+    short = encoder(encoder.preprocess([torch.randn(600), torch.randn(700)]))
+    assert silence(omni, short).values.shape == (2, 1, 32)
 
 
 def test_images_are_seen_as_they_are_in_all_four() -> None:

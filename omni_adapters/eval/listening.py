@@ -252,12 +252,17 @@ def same_sound(features: Features, other: Tensor) -> Tensor:
 
 
 def silence(omni: OmniGPT, features: Features) -> Features:
-    """What the encoder makes of a silence as long as the longest row, cut to each row's length."""
-    longest = int(features.lens.max())
-    samples = round(longest / omni.encoder.frame_rate * omni.encoder.sampling_rate)
-    heard = omni.encoder(features_to(omni.encoder.preprocess([torch.zeros(max(1, samples))]), features.values.device))
-    values = heard.values.to(features.values.dtype)[:, :longest].expand(len(features.lens), -1, -1)
-    return Features(values, features.lens.clamp(max=values.size(1)))
+    """What the encoder makes of a silence as long as the longest row, cut to each row's length.
+
+    Convolutions without padding make of n frames' worth of samples one frame less: silence then goes on as it ended, so that
+    no row gives itself away by being shorter. Where clips are shorter than some encoders take, 0.1 s is made and cut.
+    """
+    longest, encoder = int(features.lens.max()), omni.encoder
+    samples = max(round(longest / encoder.frame_rate * encoder.sampling_rate), encoder.sampling_rate // 10)
+    heard = encoder(features_to(encoder.preprocess([torch.zeros(samples)]), features.values.device))
+    steps = torch.arange(longest, device=heard.values.device).clamp(max=int(heard.lens) - 1)
+    values = heard.values.to(features.values.dtype)[:, steps].expand(len(features.lens), -1, -1)
+    return Features(values, features.lens)
 
 
 def backwards(omni: OmniGPT, sound: Signal, num_rows: int) -> Features:
