@@ -7,7 +7,7 @@ matmul as in SLAM-ASR (arXiv:2402.08846), and a start at zero where asked. Every
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -75,11 +75,9 @@ class Projector(nn.Module):
                  downsample: Literal["stack", "conv"] = "stack", pool: int | None = None) -> None:
         super().__init__()
         hidden_dim = 4 * out_dim if hidden_dim is None else hidden_dim
-        norm = () if norm is None else tuple(norm)
-        for name, size in (("in_dim", in_dim), ("out_dim", out_dim), ("hidden_dim", hidden_dim), ("stack", stack),
-                           ("num_layers", num_layers), ("pool", 1 if pool is None else pool)):
-            if size < 1:
-                raise BadInput("Projector", f"{name} = {size}", f"{name} ≥ 1")
+        norm = () if norm is None else norm
+        check_sizes({"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim, "stack": stack, "num_layers": num_layers,
+                     "pool": 1 if pool is None else pool})
         check_choices(in_dim, num_layers, activation, norm, downsample)
         self.in_dim, self.out_dim, self.hidden_dim, self.stack = in_dim, out_dim, hidden_dim, stack
         self.num_layers, self.normalize_layers, self.activation = num_layers, normalize_layers, activation
@@ -133,16 +131,23 @@ class Projector(nn.Module):
                           *(f"{name}={value!r}" for name, value in settings_of(self).items())])
 
 
+def check_sizes(sizes: Mapping[str, object]) -> None:
+    """Also what an edited description may hold."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise BadInput("Projector", f"{name} = {size!r:.40}", f"{name} ≥ 1, an integer")
+
+
 def check_choices(in_dim: int, num_layers: int, activation: str, norm: Sequence[str], downsample: str) -> None:
     """Refuse settings that name no part."""
     if in_dim % num_layers:
         raise BadInput("Projector", f"in_dim = {in_dim} for {num_layers} layers", f"a multiple of {num_layers}",
                        "in_dim is encoder.d_model, num_layers · the width of one")
-    if activation not in ACTIVATIONS:
+    if activation not in tuple(ACTIVATIONS):
         raise BadInput("Projector", f"activation = {activation!r:.40}", f"one of {', '.join(ACTIVATIONS)}")
     if downsample not in DOWNSAMPLES:
         raise BadInput("Projector", f"downsample = {downsample!r:.40}", f"one of {', '.join(DOWNSAMPLES)}")
-    if not set(norm) <= set(NORMS):
+    if not isinstance(norm, Collection) or isinstance(norm, str) or any(place not in NORMS for place in norm):
         raise BadInput("Projector", f"norm = {norm!r:.40}", f"a tuple of places among {', '.join(NORMS)}, or None")
 
 
@@ -159,10 +164,13 @@ def described_projector(projector: Any) -> dict[str, Any]:
 
 
 def build_projector(where: str, described: Mapping[str, Any]) -> Projector:
-    """The projector that `described_projector` told of, with new weights. Raises BadInput for an unknown setting."""
+    """The projector that `described_projector` told of, with new weights. Raises BadInput for settings unknown or missing."""
     if unknown := sorted(set(described) - {*SIZES, *DEFAULTS}):
         raise BadInput(where, f"a projector with {listing(unknown)!r:.100}", f"settings among {', '.join((*SIZES, *DEFAULTS))}",
                        "load it with the version of omni-adapters that saved it, or a newer one")
+    if missing := [name for name in SIZES if name not in described]:
+        raise BadInput(where, f"a projector without {listing(missing)}", f"the sizes {', '.join(SIZES)}",
+                       "save it with OmniGPT.save_adapter")
     return Projector(**described)
 
 

@@ -230,12 +230,15 @@ def test_features_of_another_form_are_refused_in_words(features: Tensor | Featur
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"in_dim": 0}, "Projector: got in_dim = 0; expected in_dim ≥ 1."),
-    ({"out_dim": -1}, "Projector: got out_dim = -1; expected out_dim ≥ 1."),
-    ({"hidden_dim": 0}, "Projector: got hidden_dim = 0; expected hidden_dim ≥ 1."),
-    ({"stack": 0}, "Projector: got stack = 0; expected stack ≥ 1."),
+    ({"in_dim": 0}, "Projector: got in_dim = 0; expected in_dim ≥ 1, an integer."),
+    ({"out_dim": -1}, "Projector: got out_dim = -1; expected out_dim ≥ 1, an integer."),
+    ({"hidden_dim": 0}, "Projector: got hidden_dim = 0; expected hidden_dim ≥ 1, an integer."),
+    ({"stack": 0}, "Projector: got stack = 0; expected stack ≥ 1, an integer."),
+    ({"stack": "8"}, "Projector: got stack = '8'; expected stack ≥ 1, an integer."),
+    ({"hidden_dim": 1.5}, "Projector: got hidden_dim = 1.5; expected hidden_dim ≥ 1, an integer."),
+    ({"pool": True}, "Projector: got pool = True; expected pool ≥ 1, an integer."),
 ])
-def test_sizes_that_make_no_projector_are_refused_in_words(options: dict[str, int], message: str) -> None:
+def test_sizes_that_make_no_projector_are_refused_in_words(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput) as error:
         Projector(**{"in_dim": 6, "out_dim": 8} | options)
     assert str(error.value) == message
@@ -491,18 +494,27 @@ def test_the_description_of_the_default_says_sizes_alone() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"num_layers": 0}, "Projector: got num_layers = 0; expected num_layers ≥ 1."),
-    ({"pool": 0}, "Projector: got pool = 0; expected pool ≥ 1."),
+    ({"num_layers": 0}, "Projector: got num_layers = 0; expected num_layers ≥ 1, an integer."),
+    ({"pool": 0}, "Projector: got pool = 0; expected pool ≥ 1, an integer."),
     ({"num_layers": 4}, "Projector: got in_dim = 6 for 4 layers; expected a multiple of 4. In_dim is encoder.d_model, "
                         "num_layers · the width of one."),
     ({"activation": "relu"}, "Projector: got activation = 'relu'; expected one of gelu, swiglu."),
     ({"downsample": "mean"}, "Projector: got downsample = 'mean'; expected one of stack, conv."),
+    ({"activation": ["gelu"]}, "Projector: got activation = ['gelu']; expected one of gelu, swiglu."),
+    ({"norm": "mid"}, "Projector: got norm = 'mid'; expected a tuple of places among in, mid, out, or None."),
+    ({"norm": [["in"]]}, "Projector: got norm = [['in']]; expected a tuple of places among in, mid, out, or None."),
+    ({"norm": 3}, "Projector: got norm = 3; expected a tuple of places among in, mid, out, or None."),
     ({"norm": ("in", "pre")}, "Projector: got norm = ('in', 'pre'); expected a tuple of places among in, mid, out, or None."),
 ])
 def test_settings_that_name_no_part_are_refused_in_words(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput) as error:
         Projector(**{"in_dim": 6, "out_dim": 8} | options)
     assert str(error.value) == message
+
+
+def test_a_description_without_its_sizes_is_refused_in_words() -> None:
+    with pytest.raises(BadInput, match="load: got a projector without out_dim, stack; expected the sizes in_dim, out_dim"):
+        build_projector("load", {"in_dim": 6, "hidden_dim": 8})
 
 
 # ---- in an adapter ---------------------------------------------------------------------------------------------------
