@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from omni_adapters.anatomy import Anatomy, discover_anatomy, logits_of, runner, table, untouched, unwrap
 from omni_adapters.collective import whole
-from omni_adapters.projector import Projector
+from omni_adapters.projector import Projector, settings_of, wording
 from omni_adapters.shapes import BadInput, listing
 
 WHERE = "transfer_projector"
@@ -59,8 +59,12 @@ def transfer_projector(projector: Projector, from_gpt: nn.Module, to_gpt: nn.Mod
     arguments go. Warns `PoorTransfer`, with both shares of variance, where M explains nothing of tokens it has not seen; ask
     `embedding_map(from_gpt, to_gpt).r2` beforehand. The rows of fc2 that a zero-initialised projector has stay zero.
 
-    Raises BadInput for a projector that is not as wide as `from_gpt`, and as `embedding_map` does.
+    Raises BadInput for a projector that is not as wide as `from_gpt` or has parts behind fc2 (a norm "out", a pool), which no
+    linear map passes, and as `embedding_map` does.
     """
+    if "out" in projector.norm or projector.pool is not None:
+        raise BadInput(WHERE, f"a projector with {wording(settings_of(projector))}",
+                       "one that ends in fc2: without norm out, without pool")
     here = discover_anatomy(from_gpt)
     if projector.out_dim != here.n_embd:
         raise BadInput(WHERE, f"a projector to {projector.out_dim}", f"{here.n_embd}, the n_embd of the GPT it was trained with",
@@ -95,7 +99,7 @@ def embedding_map(from_gpt: nn.Module, to_gpt: nn.Module, *, ridge: float = RIDG
 
     A GPT that norms its embeddings (nanochat) sees directions only: its rows are normed to root mean square 1 first. Whether
     it does is found out with two forwards. Padding of the vocabulary has no part. Raises BadInput for vocabularies that differ,
-    ids outside them, fewer than five tokens, and a negative ridge.
+    ids outside them, fewer than five tokens, new embeddings that are all the same, and a negative ridge.
     """
     here, there = discover_anatomy(from_gpt), discover_anatomy(to_gpt)
     if here.vocab_size != there.vocab_size:
@@ -104,11 +108,13 @@ def embedding_map(from_gpt: nn.Module, to_gpt: nn.Module, *, ridge: float = RIDG
         raise BadInput(WHERE, f"ridge = {ridge}", "ridge ≥ 0")
     ids = chosen(tokens, min(here.vocab_size, here.num_embeddings, there.num_embeddings))
     x, y = seen_embeddings(from_gpt, here)[ids], seen_embeddings(to_gpt, there)[ids]
+    variance = float((y - y.mean(dim=0)).square().sum())
+    if not variance > 0:
+        raise BadInput(WHERE, f"{len(ids)} embeddings of the new GPT that are all the same", "those of a trained GPT")
     folds = [products(x[fold::NUM_FOLDS], y[fold::NUM_FOLDS]) for fold in range(NUM_FOLDS)]
     matrix = solve(*total(folds), ridge)
     left = sum(squared_error(solve(*total(folds[:fold] + folds[fold + 1 :]), ridge), x[fold::NUM_FOLDS], y[fold::NUM_FOLDS])
                for fold in range(NUM_FOLDS))
-    variance = float((y - y.mean(dim=0)).square().sum())
     return EmbeddingMap(matrix, 1 - left / variance, 1 - squared_error(matrix, x, y) / variance, len(ids))
 
 

@@ -21,6 +21,7 @@ from benchmarks import transfer as benchmark
 from omni_adapters import OmniGPT, Projector
 from omni_adapters.anatomy import discover_anatomy
 from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.projector import build_projector, described_projector
 from omni_adapters.shapes import BadInput
 from omni_adapters.transfer import (
     NUM_FOLDS,
@@ -219,6 +220,28 @@ def test_what_is_refused(width: int, options: dict[str, Any], vocab: int, messag
         transfer_projector(projector_to(width), nano_gpt(n_embd=24), nano_gpt(n_embd=36, vocab_size=vocab), **options)
 
 
+@pytest.mark.parametrize("options", [{"norm": ("in", "out")}, {"pool": 3}])
+def test_a_projector_that_goes_on_behind_fc2_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="expected one that ends in fc2"):
+        transfer_projector(projector_to(24, **options), nano_gpt(n_embd=24), nano_gpt(n_embd=36))
+
+
+@pytest.mark.filterwarnings("ignore::omni_adapters.transfer.PoorTransfer")
+def test_other_parts_of_a_projector_move_with_it() -> None:
+    projector = projector_to(24, norm=("in", "mid"), activation="swiglu", downsample="conv")
+    moved = transfer_projector(projector, nano_gpt(n_embd=24), nano_gpt(n_embd=36, seed=1))
+    told = described_projector(projector) | {"out_dim": 36}
+    assert moved(FRAMES).shape == (3, 4, 36) and described_projector(moved) == told
+    rebuilt = build_projector("test", told)
+    rebuilt.load_state_dict(moved.state_dict())
+    assert torch.equal(rebuilt(FRAMES), moved(FRAMES))
+
+
+def test_new_embeddings_that_are_all_the_same_are_refused() -> None:
+    with pytest.raises(BadInput, match="got 61 embeddings of the new GPT that are all the same"):
+        embedding_map(nano_gpt(n_embd=24), made_of(nano_gpt(n_embd=24), torch.zeros(61, 24)))
+
+
 # ---- the benchmark ---------------------------------------------------------------------------------------------------------
 
 
@@ -249,15 +272,23 @@ def test_an_arm_that_never_arrives_is_last_in_the_median(tmp_path: Path) -> None
     assert "never" in benchmark.table(runs) and (tmp_path / "transfer.png").stat().st_size > 1000
 
 
-def test_the_random_map_is_as_large_as_the_fitted_one() -> None:
-    pair = benchmark.Pair(reference(seed=0), reference(n_embd=48, seed=1), projector_to(32), 0)
-    args = benchmark.options().parse_args([])
-    first, control = benchmark.transferred(pair, args), benchmark.random_map(pair, args)
-    assert control.fc1.weight.equal(first.fc1.weight) and not torch.allclose(control.fc2.weight, first.fc2.weight, atol=0.1)
-    matrix = embedding_map(pair.old, pair.new).matrix
-    assert torch.allclose(first.fc2.weight.double(), matrix @ pair.projector.fc2.weight.double(), atol=1e-5)
-    solved = control.fc2.weight.detach().double() @ torch.linalg.pinv(pair.projector.fc2.weight.detach().double())
-    assert control.fc2.weight.shape == (48, 16) and 0 < float(solved.norm()) < 2 * float(matrix.norm())
+def test_arms_differ_in_what_they_copy_alone() -> None:
+    """First layer and size of the last one, each with and without its direction."""
+    args = benchmark.options().parse_args(["--hidden", "16", "--stack", "2"])
+    old, new = reference(seed=0), reference(n_embd=48, seed=1)
+    trained = benchmark.fresh(old, args, 0)
+    torch.nn.init.normal_(trained.fc2.weight)
+    pair = benchmark.Pair(old, new, trained, 1)
+    scratch, fitted, first, control = (arm(pair, args) for arm in benchmark.ARMS.values())
+    assert all(one.fc1.weight.equal(trained.fc1.weight) for one in (fitted, first, control))
+    assert not scratch.fc1.weight.equal(trained.fc1.weight) and not scratch.fc2.weight.any() and not first.fc2.weight.any()
+    matrix = embedding_map(old, new).matrix
+    torch.testing.assert_close(fitted.fc2.weight.double(), matrix @ trained.fc2.weight.double(), rtol=0, atol=1e-5)
+    sizes = [float(one.fc2.weight.detach().double().norm()) for one in (fitted, control)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=16 * torch.finfo(torch.float32).eps)
+    cosine = float((fitted.fc2.weight * control.fc2.weight).sum()) / (sizes[0] * sizes[1])
+    assert abs(cosine) < 0.3 and {tuple(one.fc2.weight.shape) for one in (scratch, first, control)} == {(48, 16)}
+    assert benchmark.COLOURS.keys() == benchmark.ARMS.keys()
 
 
 @pytest.mark.slow
