@@ -6,9 +6,11 @@
 For each seed: a corpus order, a d4 and a d6 reference GPT pre-trained on text as examples/demo.py does, and a projector for the
 d4. Then projectors for the d6, on the same clips in the same order with the same schedule:
 
-    from scratch      as a Projector starts
-    transferred       `transfer_projector` of the d4's
-    random map        the same, through a Gaussian matrix of the same size: what the copied first layer alone brings
+    from scratch      as a Projector starts: its first layer drawn, its last at zero
+    transferred       `transfer_projector` of the d4's: the first layer copied, the last sent through the fitted map
+    first layer       the first layer copied, the last at zero: what hearing brings without a map
+    random map        the first layer copied, the last sent through a Gaussian matrix and as large as the transferred one: what
+                      its size brings without its direction
 
 GPTs are narrower than nanochat's (32 · depth for 64 · depth: --aspect), so that three seeds take minutes. Writes transfer.json,
 transfer.csv and transfer.png: steps until the training loss, a mean of 20 steps, has fallen to each threshold; loss and exact
@@ -46,7 +48,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 THRESHOLDS = (2.0, 1.0, 0.5, 0.25, 0.1)  # nats per word
 SMOOTH = 20                              # steps
 DEPTHS = 4, 6                            # layers of the old GPT and of the new one
-COLOURS = {"from scratch": DARK, "transferred": WARM, "random map": PALE}
+COLOURS = {"from scratch": DARK, "transferred": WARM, "first layer": "tab:green", "random map": PALE}
 QUICK = {"seeds": [0], "clips": 60, "test_clips": 20, "lm_steps": 8, "from_steps": 8, "steps": 8, "rows": 4}
 
 
@@ -84,13 +86,23 @@ def transferred(pair: Pair, args: argparse.Namespace) -> Projector:
         return transfer_projector(pair.projector, pair.old, pair.new)
 
 
+def first_layer(pair: Pair, args: argparse.Namespace) -> Projector:
+    projector = fresh(pair.new, args, pair.seed)
+    projector.fc1.load_state_dict(pair.projector.fc1.state_dict())
+    return projector
+
+
 def random_map(pair: Pair, args: argparse.Namespace) -> Projector:
-    matrix = embedding_map(pair.old, pair.new).matrix
-    noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(pair.seed), dtype=matrix.dtype)
-    return mapped(pair.projector, noise * matrix.norm() / noise.norm())
+    fitted, generator = transferred(pair, args), torch.Generator().manual_seed(pair.seed)
+    noise = torch.randn(fitted.out_dim, pair.projector.out_dim, generator=generator, dtype=torch.float64)
+    projector = mapped(pair.projector, noise)
+    with torch.no_grad():  # under AdamW's rate a larger matrix turns more slowly
+        projector.fc2.weight.mul_(fitted.fc2.weight.norm() / projector.fc2.weight.norm())
+    return projector
 
 
-ARMS: dict[str, Arm] = {"from scratch": from_scratch, "transferred": transferred, "random map": random_map}
+ARMS: dict[str, Arm] = {"from scratch": from_scratch, "transferred": transferred, "first layer": first_layer,
+                        "random map": random_map}
 
 
 # ---- one seed --------------------------------------------------------------------------------------------------------------
@@ -229,9 +241,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clips", type=int, default=3000, help="spoken for training")
     parser.add_argument("--test-clips", type=int, default=100, help="spoken of unseen sentences")
-    parser.add_argument("--lm-steps", type=int, default=600, help="text-only steps of each GPT")
-    parser.add_argument("--from-steps", type=int, default=600, help="steps of the old GPT's projector")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each of the new GPT's projectors")
+    parser.add_argument("--lm-steps", type=int, default=400, help="text-only steps of each GPT")
+    parser.add_argument("--from-steps", type=int, default=500, help="steps of the old GPT's projector")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each of the new GPT's projectors")
     parser.add_argument("--rows", type=int, default=16, help="of a batch")
     parser.add_argument("--lm-lr", type=float, default=2e-3, help="learning rate of the GPTs on text")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the projectors")
