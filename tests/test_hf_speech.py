@@ -2,13 +2,16 @@
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -372,6 +375,40 @@ def test_half_precision_weights(checkpoint, opened, kind):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     came, expected = half(inputs).values, opened(kind)(inputs).values
     assert came.dtype == torch.bfloat16 and (came.float() - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("kind, options, config", [
+    *((kind, {"layer": layer}, {}) for kind, layer in zip(KINDS, (None, 2, "all", None, (3, 0), 1, 0))),
+    ("wav2vec2-group", {}, {"add_adapter": True, "num_adapter_layers": 2}),
+    ("bert", {"dtype": torch.float64}, {"position_embeddings_type": "rotary"}),
+    ("bert", {}, {"position_embeddings_type": "relative"}),
+])
+def test_what_pickle_brings_to_another_process_is_the_same(checkpoint, kind, options, config):
+    """Weight norm's modules refuse pickle; spawned workers of a loader get the encoder by it."""
+    encoder = HFSpeechEncoder(checkpoint(kind, **config), **options)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    again = pickle.loads(pickle.dumps(encoder))
+    assert torch.equal(torch.rand(4), expected)
+    inputs = encoder.preprocess([sound(6_000), sound(4_000, seed=1)])
+    assert same_weights(again, encoder) and describe_encoder(again) == describe_encoder(encoder)
+    assert torch.equal(again.preprocess([sound(6_000), sound(4_000, seed=1)]).values, inputs.values)
+    assert torch.equal(again(inputs).values, encoder(inputs).values)
+    assert not again.training and not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_threads_do_not_hear_each_others_layers(opened):
+    """Barriers before the first layer and behind the last: both forwards record before either is read."""
+    encoder = copy.deepcopy(opened("wav2vec2-layer", layer="all"))
+    inputs = [encoder.preprocess([sound(6_000, seed=seed)]) for seed in range(2)]
+    expected = [encoder(one).values for one in inputs]
+    barrier = Barrier(2, timeout=20)
+    for module in (encoder.model.encoder.layers[0], encoder.model.encoder.layer_norm):
+        module.register_forward_pre_hook(lambda module, args: (barrier.wait(), None)[1])
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: encoder(one).values, inputs))
+    assert all(torch.equal(came, values) for came, values in zip(found, expected))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,6 +149,20 @@ class HFSpeechEncoder(nn.Module):
     def train(self, mode: bool = True) -> HFSpeechEncoder:
         """Stays in eval whatever a parent asks: SpecAugment and dropout in a frozen encoder would only be noise."""
         return super().train(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Modules with weight norm refuse pickle, by which spawned workers get an encoder: its config and tensors go."""
+        return self.__dict__ | {"_modules": {}, "config": self.model.config, "tensors": self.model.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name not in ("config", "tensors")})
+        model = bare_model(state["config"])
+        if self.layers is not None:
+            drop_above(model, max(self.layers))
+        load_tensors(model, state["tensors"])
+        self.model = model.to(next(iter(state["tensors"].values())).device)
+        self.requires_grad_(False)
+        self.eval()
 
     def settings(self) -> dict[str, Any]:
         """`layer` and `max_seconds` where they are not the defaults: what an adapter or a shard says of them."""
@@ -310,15 +325,18 @@ def equal(chunks: Iterable[Chunk], max_frames: int) -> list[list[Chunk]]:
 
 @contextmanager
 def recording(layers: nn.ModuleList, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, a forward through `layers` leaves the hidden states with these numbers in what is yielded."""
+    """Inside, a forward of this thread through `layers` leaves the hidden states with these numbers in what is yielded."""
     found: dict[int, Tensor] = {}
+    thread = get_ident()
 
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[0] = args[0] if args else kwargs["hidden_states"]
+        if get_ident() == thread:
+            found[0] = args[0] if args else kwargs["hidden_states"]
 
     def leaving(number: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[number] = output[0] if isinstance(output, tuple) else output  # WavLM's bias, weights in transformers 5.0
+            if get_ident() == thread:
+                found[number] = output[0] if isinstance(output, tuple) else output  # WavLM's bias, weights in transformers 5.0
         return hook
 
     handles = [layers[number - 1].register_forward_hook(leaving(number)) for number in wanted if number]
@@ -362,20 +380,33 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
     if not isinstance(found, str) or found not in FAMILIES:
         raise BadInput(where, f"a checkpoint of type {found!r:.60} in {directory}",
                        f"model_type {', '.join(map(repr, FAMILIES))}", "Whisper has a WhisperEncoder" * (found == "whisper"))
-    # What is on "meta" takes no time and no memory; transformers draws one vector elsewhere, from the global generator.
-    with refusing(where, path), torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with refusing(where, path):
         config = getattr(transformers, FAMILIES[found].config).from_pretrained(directory, local_files_only=True)
         config.mask_time_prob = config.mask_feature_prob = 0.0  # of SpecAugment: without, there is no vector to mask with
-        model = getattr(transformers, FAMILIES[found].model)(config)
+        model = bare_model(config)
     prefix = f"{model.base_model_prefix}."
     tensors = read_tensors(where, directory, lambda key: encoder_name(key, prefix))
     tensors = tensors or read_tensors(where, directory, lambda key: encoder_name(key, ""))
     check_names(where, directory, model.state_dict(), tensors)
-    model.load_state_dict(copies(tensors, dtype), assign=True)
+    load_tensors(model, copies(tensors, dtype))
+    return model
+
+
+def bare_model(config: Any) -> Any:
+    """transformers' model of that config without weights. On "meta" it takes no time and no memory; one vector transformers
+    draws elsewhere, from the global generator."""
+    import transformers
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return getattr(transformers, FAMILIES[config.model_type].model)(config)
+
+
+def load_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Into a bare model, as they are: neither copied nor cast."""
+    model.load_state_dict(tensors, assign=True)
     positions = getattr(model.encoder, "embed_positions", None)
     if positions is not None:  # a table that follows from the config and is in no checkpoint
-        model.encoder.embed_positions = type(positions)(config)
-    return model
+        model.encoder.embed_positions = type(positions)(model.config)
 
 
 def encoder_name(key: str, prefix: str) -> str | None:
