@@ -559,7 +559,8 @@ def test_a_row_without_sound_has_no_frames(opened):
 
 @pytest.mark.parametrize("options, words", [
     ({"max_seconds": 0}, "max_seconds 0"), ({"max_seconds": "60"}, "max_seconds '60'"),
-    ({"max_seconds": float("nan")}, "max_seconds nan"), ({"batch_seconds": None}, "batch_seconds None"),
+    ({"max_seconds": float("nan")}, "max_seconds nan"), ({"batch_seconds": float("inf")}, "batch_seconds inf"),
+    ({"max_seconds": float("inf")}, "max_seconds inf"), ({"batch_seconds": None}, "batch_seconds None"),
     ({"batch_seconds": True}, "batch_seconds True"),
 ])
 def test_settings_that_mean_nothing_are_refused(checkpoint, options, words):

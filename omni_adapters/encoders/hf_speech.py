@@ -291,7 +291,7 @@ class HFSpeechEncoder(nn.Module):
 
 def check_seconds(max_seconds: object, batch_seconds: object) -> None:
     for name, value in (("max_seconds", max_seconds), ("batch_seconds", batch_seconds)):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
         if not number and (value is not None or name == "batch_seconds"):
             raise BadInput("HFSpeechEncoder", f"{name} {value!r:.40}", "seconds > 0")
 
