@@ -45,7 +45,7 @@ from omni_adapters.transfer import PoorTransfer, embedding_map, mapped, transfer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-THRESHOLDS = (2.0, 1.0, 0.5, 0.25, 0.1)  # nats per word
+THRESHOLDS = (2.0, 1.5, 1.0, 0.75, 0.5)  # nats per word
 SMOOTH = 20                              # steps
 DEPTHS = 4, 6                            # layers of the old GPT and of the new one
 COLOURS = {"from scratch": DARK, "transferred": WARM, "first layer": "tab:green", "random map": PALE}

@@ -253,8 +253,8 @@ def arm(losses: list[float]) -> dict[str, Any]:
 def test_steps_to_a_loss_are_counted_on_the_mean_of_twenty() -> None:
     assert benchmark.smoothed([3.0, 1.0, 2.0]) == [3.0, 2.0, 2.0]
     assert benchmark.smoothed([4.0] * 20 + [0.0] * 20)[29] == 2.0
-    assert benchmark.steps_to([4.0] * 20 + [0.0] * 20) == {"2": 30, "1": 35, "0.5": 38, "0.25": 39, "0.1": 40}
-    assert benchmark.steps_to([4.0] * 5) == dict.fromkeys(("2", "1", "0.5", "0.25", "0.1"))
+    assert benchmark.steps_to([4.0] * 20 + [0.0] * 20) == {"2": 30, "1.5": 33, "1": 35, "0.75": 37, "0.5": 38}
+    assert benchmark.steps_to([4.0] * 5) == dict.fromkeys(("2", "1.5", "1", "0.75", "0.5"))
 
 
 def test_an_arm_that_never_arrives_is_last_in_the_median(tmp_path: Path) -> None:
@@ -266,8 +266,8 @@ def test_an_arm_that_never_arrives_is_last_in_the_median(tmp_path: Path) -> None
     saved = json.loads((tmp_path / "transfer.json").read_text())
     assert saved["median_steps_to"]["from scratch"]["2"] == 2 and saved["runs"] == json.loads(json.dumps(runs))
     rows = (tmp_path / "transfer.csv").read_text().splitlines()
-    assert rows[0] == ("seed,arm,r2,start_loss,end_loss,end_exact_match,steps_to_2,steps_to_1,steps_to_0.5,steps_to_0.25,"
-                       "steps_to_0.1")
+    assert rows[0] == ("seed,arm,r2,start_loss,end_loss,end_exact_match,steps_to_2,steps_to_1.5,steps_to_1,steps_to_0.75,"
+                       "steps_to_0.5")
     assert len(rows) == 7 and rows[1] == "0,from scratch,0.5,1.0,1.0,0.5,1,,,,"
     assert "never" in benchmark.table(runs) and (tmp_path / "transfer.png").stat().st_size > 1000
 
