@@ -45,7 +45,7 @@ from omni_adapters.transfer import PoorTransfer, embedding_map, mapped, transfer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-THRESHOLDS = (2.0, 1.5, 1.0, 0.75, 0.5)  # nats per word
+THRESHOLDS = (1.5, 1.25, 1.0, 0.75, 0.6)  # nats per word
 SMOOTH = 20                              # steps
 DEPTHS = 4, 6                            # layers of the old GPT and of the new one
 COLOURS = {"from scratch": DARK, "transferred": WARM, "first layer": "tab:green", "random map": PALE}
@@ -239,10 +239,10 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="eight steps of everything; only shows that it runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--clips", type=int, default=3000, help="spoken for training")
+    parser.add_argument("--clips", type=int, default=2000, help="spoken for training")
     parser.add_argument("--test-clips", type=int, default=100, help="spoken of unseen sentences")
     parser.add_argument("--lm-steps", type=int, default=400, help="text-only steps of each GPT")
-    parser.add_argument("--from-steps", type=int, default=500, help="steps of the old GPT's projector")
+    parser.add_argument("--from-steps", type=int, default=400, help="steps of the old GPT's projector")
     parser.add_argument("--steps", type=int, default=300, help="steps of each of the new GPT's projectors")
     parser.add_argument("--rows", type=int, default=16, help="of a batch")
     parser.add_argument("--lm-lr", type=float, default=2e-3, help="learning rate of the GPTs on text")

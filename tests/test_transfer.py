@@ -253,21 +253,21 @@ def arm(losses: list[float]) -> dict[str, Any]:
 def test_steps_to_a_loss_are_counted_on_the_mean_of_twenty() -> None:
     assert benchmark.smoothed([3.0, 1.0, 2.0]) == [3.0, 2.0, 2.0]
     assert benchmark.smoothed([4.0] * 20 + [0.0] * 20)[29] == 2.0
-    assert benchmark.steps_to([4.0] * 20 + [0.0] * 20) == {"2": 30, "1.5": 33, "1": 35, "0.75": 37, "0.5": 38}
-    assert benchmark.steps_to([4.0] * 5) == dict.fromkeys(("2", "1.5", "1", "0.75", "0.5"))
+    assert benchmark.steps_to([4.0] * 20 + [0.0] * 20) == {"1.5": 33, "1.25": 34, "1": 35, "0.75": 37, "0.6": 37}
+    assert benchmark.steps_to([4.0] * 5) == dict.fromkeys(("1.5", "1.25", "1", "0.75", "0.6"))
 
 
 def test_an_arm_that_never_arrives_is_last_in_the_median(tmp_path: Path) -> None:
-    fast, slow, never = arm([2.0]), arm([4.0, 0.0]), arm([4.0])
+    fast, slow, never = arm([1.5]), arm([3.0, 0.0]), arm([4.0])
     runs = [{"seed": seed, "map": {"r2": 0.5}, "arms": {"from scratch": a, "transferred": b}}
             for seed, (a, b) in enumerate([(fast, never), (slow, never), (never, fast)])]
-    assert [benchmark.median_steps(runs, name, "2") for name in ("from scratch", "transferred")] == [2, None]
+    assert [benchmark.median_steps(runs, name, "1.5") for name in ("from scratch", "transferred")] == [2, None]
     benchmark.write(tmp_path, runs, {})
     saved = json.loads((tmp_path / "transfer.json").read_text())
-    assert saved["median_steps_to"]["from scratch"]["2"] == 2 and saved["runs"] == json.loads(json.dumps(runs))
+    assert saved["median_steps_to"]["from scratch"]["1.5"] == 2 and saved["runs"] == json.loads(json.dumps(runs))
     rows = (tmp_path / "transfer.csv").read_text().splitlines()
-    assert rows[0] == ("seed,arm,r2,start_loss,end_loss,end_exact_match,steps_to_2,steps_to_1.5,steps_to_1,steps_to_0.75,"
-                       "steps_to_0.5")
+    assert rows[0] == ("seed,arm,r2,start_loss,end_loss,end_exact_match,steps_to_1.5,steps_to_1.25,steps_to_1,steps_to_0.75,"
+                       "steps_to_0.6")
     assert len(rows) == 7 and rows[1] == "0,from scratch,0.5,1.0,1.0,0.5,1,,,,"
     assert "never" in benchmark.table(runs) and (tmp_path / "transfer.png").stat().st_size > 1000
 
