@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import omni_adapters
 from omni_adapters.data.audio import save_audio
+from omni_adapters.data.questions import Question, read_questions
+from omni_adapters.data.texture import render
+from omni_adapters.data.texture_questions import audiobench_mini_path
 from omni_adapters.eval.public import read_audiobench, read_mmau
-from omni_adapters.eval.questions import Question, read_questions
 from omni_adapters.eval.suite import open_suite
 from omni_adapters.shapes import BadInput
 
@@ -46,17 +47,23 @@ def test_a_files_waveform_at_any_rate(tmp_path: Path) -> None:
 
 
 def test_a_recipes_waveform_is_what_it_renders(tmp_path: Path) -> None:
-    texture = pytest.importorskip("omni_adapters.data.texture")
-    source = Path(omni_adapters.__file__).parent / "eval" / "audiobench_mini.jsonl"
-    questions = read_questions(source)
+    questions = read_questions(audiobench_mini_path())
     assert len(questions) == 200 and all(len(question.options) == 4 and question.text for question in questions)
-    clip = texture.Clip.from_values(questions[0].clip)
-    assert np.array_equal(questions[0].waveform(16_000), texture.render(clip))
-    assert abs(2 * len(questions[0].waveform(8_000)) - len(texture.render(clip))) <= 2
-    values = {**questions[0].clip, "flavour": "sweet"}
+    clip = questions[0].clip
+    assert clip is not None and np.array_equal(questions[0].waveform(16_000), render(clip))
+    assert abs(2 * len(questions[0].waveform(8_000)) - len(render(clip))) <= 2
+    values = {**clip.values(), "flavour": "sweet"}
     path = write(tmp_path / "bad.jsonl", {key: value for key, value in ROW.items() if key != "audio"} | {"clip": values})
     with pytest.raises(BadInput, match="line 1, where 'clip' has"):
         read_questions(path)
+
+
+def test_values_are_a_row_again(tmp_path: Path) -> None:
+    clip = read_questions(audiobench_mini_path())[7]
+    path = write(tmp_path / "few.jsonl", ROW, clip.values(), ROW | {"id": "other", "text": None})
+    questions = read_questions(path)
+    again = write(tmp_path / "again.jsonl", *(each.values() for each in questions))
+    assert questions[1] == clip and read_questions(again) == questions
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_adapters.eval.questions import Question, Suite
+from omni_adapters.data.questions import Question, Suite
 from omni_adapters.eval.report import bar_places, bootstrap_ci95, chance, make_report, scoreboard, write_report
 from omni_adapters.eval.suite import SYSTEMS, Answers, Graded
 from omni_adapters.shapes import BadInput

@@ -14,8 +14,8 @@ from test_validation import omni
 from torch import Tensor
 
 from omni_adapters import OmniGPT, Projector
+from omni_adapters.data.questions import Question
 from omni_adapters.encoders.log_mel import LogMelEncoder
-from omni_adapters.eval.questions import Question
 from omni_adapters.eval.scoring import batches, best, hear, option_scores, transcribe, word_errors
 from omni_adapters.reference_gpt import GPT, GPTConfig
 from omni_adapters.shapes import BadInput

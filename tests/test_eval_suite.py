@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from omni_adapters import OmniGPT, Projector
 from omni_adapters.cli import main
 from omni_adapters.data.audio import save_audio
+from omni_adapters.data.questions import Question, read_questions
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.eval.cascade import Cascade
-from omni_adapters.eval.questions import Question, read_questions
 from omni_adapters.eval.suite import ask, exchange, open_suite, turns_of
 from omni_adapters.lora import lora_disabled
 from omni_adapters.reference_gpt import GPT, GPTConfig

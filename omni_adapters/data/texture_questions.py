@@ -1,28 +1,23 @@
 """Questions about how a clip sounds and what is said in it, four options each; and AudioBench-mini, 200 of them.
 
     question = ask(clip, "pitch", rng)       # clip.labels has what may be asked of it
-    rows = read_questions(audiobench_mini_path())
+    read_questions(audiobench_mini_path())   # 200 of them, as audiobench_mini() builds them
 
 Notable:
 - Thirteen categories are about the sound (`about="texture"`), four about the words. Everything is lower-case words between
   blanks, so that `WordTokenizer(vocabulary())` reads it; the options of a question have equally many words.
 - AudioBench-mini is built by `audiobench_mini()` from voices and sentences of the test set and committed as bytes that hash to
   `AUDIOBENCH_MINI_SHA256`. In it all four positions are right equally often, and so are the values within a category.
-
-A row: {"id": "pitch-003", "category", "about", "question", "options": [4], "answer": index, "text": transcript, "clip": {…}};
-rows of other suites may have "audio", a path, in place of "clip".
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from omni_adapters.data.questions import Question
 from omni_adapters.data.texture import (
     BACKGROUNDS,
     BEEPS,
@@ -44,7 +39,7 @@ from omni_adapters.data.texture import (
     Clip,
     draw,
 )
-from omni_adapters.files import json_bytes, json_object
+from omni_adapters.files import json_bytes
 from omni_adapters.shapes import BadInput, listing
 
 AUDIOBENCH_MINI_SHA256 = "5710dc132b882b9fc5bdb766c23c35a17b47c08f47979743e17bc0b0ac2caa57"
@@ -80,18 +75,10 @@ CATEGORIES: dict[str, Category] = {
 }
 
 
-@dataclass(frozen=True)
-class Question:
-    category: str
-    about: str
-    question: str
-    options: tuple[str, ...]  # four
-    answer: int  # index of the right option
-
-
 def ask(clip: Clip, category: str, rng: random.Random, position: int | None = None) -> Question:
     """One of the category's questions about a clip, its options in any order, the right one at `position` (0 to 3) if given.
 
+    Its id is the category's name: in a suite it needs one of its own.
     Refused with BadInput: an unknown category, and one that `clip.labels` does not have.
     """
     if category not in CATEGORIES or category not in clip.labels:
@@ -100,7 +87,7 @@ def ask(clip: Clip, category: str, rng: random.Random, position: int | None = No
     wrong = rng.sample(_wrong(category, right, clip.text.split(), rng), 3)
     answer = rng.randrange(4) if position is None else position
     options = (*wrong[:answer], right, *wrong[answer:])
-    return Question(category, kind.about, rng.choice(kind.questions), options, answer)
+    return Question(category, category, kind.about, rng.choice(kind.questions), options, answer, clip.text, clip=clip)
 
 
 def questions(clip: Clip, rng: random.Random) -> dict[str, Question]:
@@ -133,50 +120,22 @@ def audiobench_mini_path() -> Path:
     return Path(__file__).parents[1] / "eval" / "audiobench_mini.jsonl"
 
 
-def audiobench_mini(seed: int = 0) -> list[dict[str, Any]]:
-    """The 200 rows anew: 12 questions in each category about texture, 11 in each about words. Nothing is spoken."""
-    rng, rows = random.Random(f"audiobench-mini {seed}"), list[dict[str, Any]]()
+def audiobench_mini(seed: int = 0) -> list[Question]:
+    """The 200 questions anew: 12 questions in each category about texture, 11 in each about words. Nothing is spoken."""
+    rng, found = random.Random(f"audiobench-mini {seed}"), list[Question]()
     for category, kind in CATEGORIES.items():
         count = MINI_TEXTURE if kind.about == "texture" else MINI_WORDS
         values: list[str | None] = [*kind.values] or [None]
         for number in range(count):
             clip = _clip_with(rng, category, values[number % len(values)])
-            position = (len(rows) + number // 4) % 4 if kind.about == "texture" else len(rows) % 4
-            rows.append(question_row(f"{category}-{number:03d}", ask(clip, category, rng, position), clip))
-    return rows
+            position = (len(found) + number // 4) % 4 if kind.about == "texture" else len(found) % 4
+            found.append(replace(ask(clip, category, rng, position), id=f"{category}-{number:03d}"))
+    return found
 
 
-def question_row(name: str, question: Question, clip: Clip) -> dict[str, Any]:
-    """A line of a suite, as JSON values."""
-    return {"id": name, "category": question.category, "about": question.about, "question": question.question,
-            "options": list(question.options), "answer": question.answer, "text": clip.text, "clip": clip.values()}
-
-
-def question_lines(rows: Iterable[dict[str, Any]]) -> bytes:
-    """JSON Lines, equal rows to equal bytes."""
-    return b"".join(json_bytes(row) + b"\n" for row in rows)
-
-
-def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a suite. Refused with BadInput, by file and line: what is not a question row."""
-    if not Path(path).is_file():
-        raise BadInput("read_questions", f"{path}, which is not a file", "JSON Lines, a question a line")
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        row = json_object("read_questions", f"{path}, line {number}", line)
-        if not _is_question(row):
-            raise BadInput("read_questions", f"{path}, line {number}: {json.dumps(row)[:80]}", "id, category, about, question, "
-                           "four options, the answer's index, text, and clip or audio")
-        rows.append(row)
-    return rows
-
-
-def _is_question(row: dict[str, Any]) -> bool:
-    texts = [row.get(key) for key in ("id", "category", "about", "question", "text")]
-    options = row.get("options")
-    return (all(isinstance(text, str) for text in texts) and row["about"] in ("texture", "words")
-            and isinstance(options, list) and len(options) == 4 and len({str(option) for option in options}) == 4
-            and type(row.get("answer")) is int and 0 <= row["answer"] < 4 and ("clip" in row) != ("audio" in row))
+def question_lines(questions: Iterable[Question]) -> bytes:
+    """JSON Lines, equal questions to equal bytes."""
+    return b"".join(json_bytes(question.values()) + b"\n" for question in questions)
 
 
 def _clip_with(rng: random.Random, category: str, value: str | None) -> Clip:

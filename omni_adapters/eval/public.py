@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omni_adapters.eval.questions import Question, add_question, check_options, text_in
+from omni_adapters.data.questions import Question, add_question, check_options, text_in
 from omni_adapters.files import STRICT, json_object
 from omni_adapters.shapes import BadInput
 

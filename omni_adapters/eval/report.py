@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from omni_adapters import __version__
-from omni_adapters.eval.questions import Question, Suite
+from omni_adapters.data.questions import Question, Suite
 from omni_adapters.eval.suite import SYSTEMS, Answers, Graded, System
 from omni_adapters.files import write_whole
 from omni_adapters.shapes import BadInput

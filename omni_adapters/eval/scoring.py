@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from omni_adapters.anatomy import logits_of
-from omni_adapters.eval.questions import Question
+from omni_adapters.data.questions import Question
 from omni_adapters.features import Features, features_to, pad_rows
 from omni_adapters.generate import generate_batch
 from omni_adapters.model import OmniGPT

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from omni_adapters.data.audio import Waveform
+from omni_adapters.data.questions import Question, Suite, file_sha256, read_questions
 from omni_adapters.eval.cascade import RECOGNISER_RATE, Cascade, readable
 from omni_adapters.eval.public import read_audiobench, read_mmau
-from omni_adapters.eval.questions import Question, Suite, file_sha256, read_questions
 from omni_adapters.eval.scoring import Soft, best, hear, option_scores, row_of, transcribe, word_errors
 from omni_adapters.lora import lora_disabled
 from omni_adapters.model import OmniGPT

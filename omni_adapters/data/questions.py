@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omni_adapters.data.audio import Waveform, load_audio, resample
+from omni_adapters.data.sounds import SAMPLING_RATE
+from omni_adapters.data.texture import Clip, render
 from omni_adapters.files import json_object
 from omni_adapters.shapes import BadInput, listing
 
 ABOUT = ("texture", "words")  # how it sounds, what is said
 LEAST_OPTIONS = 4
-TEXTURE_RATE = 16_000  # Hz, at which data.texture renders
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Question:
     options:  distinct answers. One alone is no choice but a transcription: the answer is generated and its words are counted.
     answer:   index of the right option.
     text:     what is said, None where nobody wrote it down.
-    audio:    path of the sound; None where `clip` is its recipe, the values of a `data.texture.Clip`.
+    audio:    path of the sound; None where `clip` is its recipe.
     """
 
     id: str
@@ -51,7 +52,7 @@ class Question:
     answer: int
     text: str | None = None
     audio: str | None = None
-    clip: Mapping[str, Any] | None = None
+    clip: Clip | None = None
 
     @property
     def right(self) -> str:
@@ -63,11 +64,15 @@ class Question:
 
     def waveform(self, sampling_rate: int) -> Waveform:
         """(T,) float32 at `sampling_rate` Hz: the file decoded, or the recipe rendered. Raises what those raise."""
-        if self.audio is not None:
-            return load_audio(self.audio, sampling_rate)
-        from omni_adapters.data.texture import Clip, render
+        if self.clip is not None:
+            return resample(render(self.clip), SAMPLING_RATE, sampling_rate)
+        return load_audio(self.audio or "", sampling_rate)
 
-        return resample(render(Clip.from_values(dict(self.clip or {}))), TEXTURE_RATE, sampling_rate)
+    def values(self) -> dict[str, Any]:
+        """JSON values, a line of a question file; an audio path as it is here."""
+        sound = {"audio": self.audio} if self.clip is None else {"clip": self.clip.values()}
+        return {"id": self.id, "category": self.category, "about": self.about, "question": self.question,
+                "options": list(self.options), "answer": self.answer, "text": self.text, **sound}
 
 
 class Suite(NamedTuple):
@@ -144,7 +149,7 @@ def _question(place: str, values: dict[str, Any], folder: Path) -> Question:
 
 
 def _sound(place: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """{"audio": absolute path} or {"clip": values that make a Clip}."""
+    """{"audio": absolute path} or {"clip": Clip}."""
     given = [key for key in ("clip", "audio") if values.get(key) is not None]
     if len(given) != 1:
         raise BadInput("read_questions", f"{place}, with {' and '.join(given) or 'neither clip nor audio'}",
@@ -153,10 +158,7 @@ def _sound(place: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"audio": str(folder / text_in("read_questions", place, values, "audio"))}
     if not isinstance(values["clip"], dict):
         raise BadInput("read_questions", f"{place}, where 'clip' is {values['clip']!r:.80}", "the values of a Clip, an object")
-    from omni_adapters.data.texture import Clip
-
     try:
-        Clip.from_values(values["clip"])
+        return {"clip": Clip.from_values(values["clip"])}
     except BadInput as error:
         raise BadInput("read_questions", f"{place}, where 'clip' has {error.came}", error.expected, error.todo) from error
-    return {"clip": values["clip"]}
