@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from itertools import combinations
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from omni_adapters.data.manifest import ManifestRow, write_manifest
 from omni_adapters.data.sounds import SAMPLING_RATE
 from omni_adapters.data.texture import LANGUAGES, RANGES, SETS, VARIANTS, VOICES, Clip, draw, measured_pitch, produce, say
 from omni_adapters.files import json_object, write_whole
+from omni_adapters.processes import worker_pool
 from omni_adapters.shapes import BadInput, MissingExtra, listing
 
 DEFAULT_SPEC: dict[str, Any] = {
@@ -98,8 +98,7 @@ def speak_corpus(spec: Mapping[str, Any], out: str | os.PathLike[str], workers: 
     audio = folder.absolute() / "audio"
     audio.mkdir(exist_ok=True)
     manifests = {}
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext(None)
-    with pool as running, _progress(sum(map(len, drawn.values()))) as bar:
+    with worker_pool(workers) if workers > 1 else nullcontext(None) as running, _progress(sum(map(len, drawn.values()))) as bar:
         for name, clips in drawn.items():
             rows = []
             for row in _rows(clips, name, audio, running):

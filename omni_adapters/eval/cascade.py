@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import cache
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from omni_adapters.processes import worker_pool
 from omni_adapters.shapes import BadInput, MissingExtra
 from omni_adapters.training.hosts import Tokenizer
 
@@ -41,11 +41,10 @@ class Cascade:
 
     def __init__(self, recognise: Recognise | None = None, *, num_workers: int = 2) -> None:
         self.known: dict[str, str] = {}
-        self.pool: ProcessPoolExecutor | None = None
+        self.open = ExitStack()
         if recognise is None:
             find_pocketsphinx()
-            if num_workers:
-                self.pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
+        self.pool = self.open.enter_context(worker_pool(num_workers)) if recognise is None and num_workers else None
         self.recognise = recognise or self.with_pocketsphinx
 
     def __call__(self, waveforms: Sequence[npt.NDArray[np.floating[Any]]]) -> list[str]:
@@ -66,8 +65,7 @@ class Cascade:
         self.close()
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        self.open.close()
 
 
 def samples_of(waveform: npt.NDArray[np.floating[Any]]) -> bytes:
