@@ -113,6 +113,14 @@ def test_equal_scores_go_to_the_first() -> None:
     assert best([-2.0, -1.0, -1.0, -3.0]) == 1 and best([0.0, 0.0]) == 0
 
 
+def test_nan_is_no_answer() -> None:
+    whole, turns = omni()
+    with torch.no_grad():
+        whole.gpt.lm_head.weight[3] = math.nan
+    with pytest.raises(BadInput, match="NaN for an option of q0"):
+        option_scores(whole, turns, questions(1), sounds(3))
+
+
 def test_what_is_heard_is_what_the_gpt_gets() -> None:
     whole, _ = omni()
     waveforms = [torch.randn(1600), torch.randn(960)]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from omni_adapters.data.audio import save_audio
 from omni_adapters.data.questions import Question, read_questions
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.eval.cascade import Cascade
-from omni_adapters.eval.suite import ask, exchange, open_suite, turns_of
+from omni_adapters.eval.suite import ask, clashes, exchange, open_suite, turns_of
 from omni_adapters.lora import lora_disabled
 from omni_adapters.reference_gpt import GPT, GPTConfig
 from omni_adapters.shapes import BadInput
@@ -177,9 +178,22 @@ def test_what_is_refused(planted: Planted) -> None:
         ask(planted.omni, planted.turns, [one, Question("q", "k", "words", "which lamp", one.options, 0, audio="none.wav")])
     with pytest.raises(BadInput, match="has no words"):
         ask(planted.omni, planted.turns, [choice, Question("r", "k", "words", "which", (" ",), 0, audio=one.audio)])
+    with pytest.raises(BadInput, match=r"the options do, do  of q, which the tokenizer writes alike"):
+        ask(planted.omni, planted.turns, [one, Question("q", "k", "words", "which", ("do", "mi", "do "), 0, audio=one.audio)])
+    with pytest.raises(BadInput, match=r"1 audio files that are not there, none\.wav the first"):
+        ask(planted.omni, planted.turns, [one, Question("q", "k", "words", "which", one.options, 0, audio="none.wav")])
     with pytest.raises(BadInput, match="plain turns for an adapter that hears elsewhere"):
         ask(planted.omni, Turns(planted.turns.tokenizer, "plain"), [one, other])
     assert turns_of(planted.omni, planted.turns.tokenizer).form == "chat"
+
+
+def test_every_module_is_left_in_its_mode(planted: Planted) -> None:
+    """A GPT in eval whose OmniGPT never was: dropout would come back with the next answer."""
+    planted.omni.train()
+    planted.omni.gpt.eval()
+    before = [module.training for module in planted.omni.modules()]
+    ask(planted.omni, planted.turns, planted.questions)
+    assert True in before and not planted.omni.gpt.training and [module.training for module in planted.omni.modules()] == before
 
 
 KINDS = st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abcd")), min_size=2, max_size=24)
@@ -209,6 +223,15 @@ def test_a_sound_that_two_questions_share_is_exchanged_with_a_third() -> None:
     questions = [Question(str(n), "k", "words", "", (right, "other"), 0, audio=audio) for n, (right, audio) in enumerate(asked)]
     other = exchange(questions)
     assert all(questions[n].audio != questions[partner].audio for n, partner in enumerate(other))
+
+
+def test_a_large_category_with_one_answer_in_the_majority_is_exchanged_at_once() -> None:
+    """A rotation by the commonest answer's count is the best there is: 2,000 questions are not compared with all others."""
+    questions = [Question(str(n), "k", "words", "", ("yes", "no"), int(n % 10 > 5), audio=str(n)) for n in range(2000)]
+    with mock.patch("omni_adapters.eval.suite.clashes", wraps=clashes) as compared:
+        other = exchange(questions)
+    assert compared.call_count == 1
+    assert sum(questions[n].right == questions[partner].right for n, partner in enumerate(other)) == 2 * 1200 - 2000
 
 
 def test_the_command(planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

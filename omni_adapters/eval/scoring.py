@@ -16,6 +16,7 @@ Notable:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -51,8 +52,8 @@ def option_scores(omni: OmniGPT, turns: Turns, questions: Sequence[Question], so
                   texts: Sequence[str] | None = None, *, max_slots: int = 8192) -> list[list[float]]:
     """Per question, the score of each option in nats: by its soft tokens, or (soft None) by `texts` read in their place.
 
-    max_slots: text and soft tokens in a batch, padding included. Raises BadInput as the prepender does; the caller decides
-    about LoRA and evaluation mode.
+    max_slots: text and soft tokens in a batch, padding included. Raises BadInput as the prepender does, and for NaN, which would
+    make an answer of whatever option comes first; the caller decides about LoRA and evaluation mode.
     """
     rows = [(number, option) for number, question in enumerate(questions) for option in range(len(question.options))]
     asked = [row_of(questions[number], option, texts[number] if texts is not None else "") for number, option in rows]
@@ -62,6 +63,9 @@ def option_scores(omni: OmniGPT, turns: Turns, questions: Sequence[Question], so
         heard = None if soft is None else [soft[rows[place][0]] for place in batch]
         for place, score in zip(batch, log_likelihoods(omni, turns, [asked[place] for place in batch], heard)):
             number, option = rows[place]
+            if math.isnan(score):
+                raise BadInput("option_scores", f"NaN for an option of {questions[number].id}", "log-probabilities",
+                               "look at the GPT's weights and its dtype: float16 overflows where bfloat16 does not")
             scores[number][option] = score
     return scores
 
@@ -72,8 +76,8 @@ def log_likelihoods(omni: OmniGPT, turns: Turns, rows: Sequence[Row], soft: Soft
     logits = logits_of(omni.prepender(idx, soft_tokens=None if soft is None else on_device(omni, soft)))
     wanted = targets[targets != -1]  # (num_graded,)
     log_p = graded(logits, targets).float().log_softmax(dim=-1).gather(1, wanted.unsqueeze(1)).squeeze(1)
-    row_of_target = (targets != -1).nonzero()[:, 0]
-    sums = torch.zeros(len(rows), dtype=torch.float64, device=idx.device).index_add(0, row_of_target, log_p.double())
+    row_of_target = (targets != -1).nonzero()[:, 0].cpu()
+    sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, row_of_target, log_p.cpu().double())  # MPS has no fp64
     return [float(score) for score in sums.tolist()]
 
 

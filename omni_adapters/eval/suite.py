@@ -11,11 +11,12 @@ Notable:
   questions as possible a sound whose right answer is another. It is fixed by the questions, nothing is drawn.
 - Questions without a transcript are not put to the text oracle. Transcriptions are not either, since it would be handed the
   answer; there the cascade is the recogniser's own text.
-- All texts are tokenized before the first sound is heard: what the tokenizer refuses is refused at once.
+- All texts are tokenized, and all files looked for, before the first sound is heard: what is refused is refused at once.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from omni_adapters.eval.public import read_audiobench, read_mmau
 from omni_adapters.eval.scoring import Soft, best, hear, option_scores, row_of, transcribe, word_errors
 from omni_adapters.lora import lora_disabled
 from omni_adapters.model import OmniGPT
-from omni_adapters.shapes import BadInput
+from omni_adapters.shapes import BadInput, listing
 from omni_adapters.training.hosts import Tokenizer
 from omni_adapters.training.turns import Turns
 
@@ -101,11 +102,12 @@ def ask(omni: OmniGPT, turns: Turns, questions: Sequence[Question], cascade: Cas
 
     max_slots: text and soft tokens in a batch of the GPT's, padding included. max_answer: tokens of a transcription. say: gets a
     line after each batch of sounds, which take most of the time where there is a recogniser. Raises BadInput for one question
-    alone, choices mixed with transcriptions, texts that the tokenizer refuses, an adapter whose clips stand at placeholders or
-    elsewhere than `turns` puts them. The GPT is then as before.
+    alone, choices mixed with transcriptions, texts that the tokenizer refuses, options that it writes alike, missing audio
+    files, an adapter whose clips stand at placeholders or elsewhere than `turns` puts them: all of these before anything is
+    heard. The GPT is then as before.
     """
     check_questions(omni, turns, questions)
-    was_training = omni.training
+    modes = {module: module.training for module in omni.modules()}  # a GPT in eval may stand in an OmniGPT in training
     omni.eval()
     try:
         heard = hear_all(omni, questions, cascade, say)
@@ -125,7 +127,8 @@ def ask(omni: OmniGPT, turns: Turns, questions: Sequence[Question], cascade: Cas
                 graded[system], dropped[system] = read(omni, turns, questions, written, max_slots)
         return Answers(graded, heard.transcripts, dropped)
     finally:
-        omni.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def check_questions(omni: OmniGPT, turns: Turns, questions: Sequence[Question]) -> None:
@@ -137,10 +140,20 @@ def check_questions(omni: OmniGPT, turns: Turns, questions: Sequence[Question]) 
         raise BadInput("ask", f"{turns.form} turns for an adapter that hears elsewhere", "the turns it was trained with",
                        "take turns_of(omni, tokenizer)")
     for question in questions:
-        for option in range(len(question.options)):
-            turns.parts(row_of(question, option), False)
-        if not question.is_choice and not word_errors(question.right, "")[1]:
-            raise BadInput("ask", f"the transcription {question.id}, whose answer {question.right!r:.80} has no words", "words")
+        check_texts(turns, question)
+    missing = [question.audio for question in questions if question.audio is not None and not Path(question.audio).is_file()]
+    if missing:
+        raise BadInput("ask", f"{len(missing)} audio files that are not there, {missing[0]} the first", "a file for each")
+
+
+def check_texts(turns: Turns, question: Question) -> None:
+    written = [tuple(turns.parts(row_of(question, option), False)[1]) for option in range(len(question.options))]
+    if len(set(written)) < len(written):
+        alike = [option for option, tokens in zip(question.options, written) if written.count(tokens) > 1]
+        raise BadInput("ask", f"the options {listing(alike)} of {question.id}, which the tokenizer writes alike",
+                       "options that differ in their tokens", "no score could tell them apart")
+    if not question.is_choice and not word_errors(question.right, "")[1]:
+        raise BadInput("ask", f"the transcription {question.id}, whose answer {question.right!r:.80} has no words", "words")
 
 
 def hear_all(omni: OmniGPT, questions: Sequence[Question], cascade: Cascade | None, say: Callable[[str], object]) -> Heard:
@@ -220,14 +233,15 @@ def exchange(questions: Sequence[Question]) -> list[int]:
 def moved_on(questions: Sequence[Question], group: Sequence[int]) -> list[int]:
     """The group, sorted by answer, rotated so that the fewest get their own sound or their own answer again."""
     rights = [questions[number].right for number in group]
-    commonest = max(rights.count(right) for right in set(rights))
+    commonest = max(Counter(rights).values())
+    least = (0, max(0, 2 * commonest - len(group)))  # no exchange does better
     best_cost, best_moved = (len(group) + 1, 0), list(group)
     for shift in sorted(range(1, len(group)), key=lambda shift: abs(shift - commonest)):
         moved = [*group[shift:], *group[:shift]]
         cost = clashes(questions, group, moved)
         if cost < best_cost:
             best_cost, best_moved = cost, moved
-        if best_cost == (0, 0):
+        if best_cost == least:
             break
     return best_moved
 
