@@ -145,7 +145,7 @@ def test_trimming() -> None:
 @given(seeds, st.sampled_from([None, *SCENES]))
 def test_a_clip_goes_through_json_and_back(seed: int, scene: str | None) -> None:
     clip = draw(random.Random(seed), VOICES["train"], scene=scene)
-    back = Clip.from_values(json.loads(json.dumps(clip.values())))
+    back = Clip.from_values(json.loads(json.dumps(clip.values(), sort_keys=True)))  # as manifests have their keys
     assert back == clip and back.name() == clip.name() and replace(clip, seed=clip.seed + 1).name() != clip.name()
 
 
@@ -212,8 +212,16 @@ def test_drawing_refuses(change: dict, message: str) -> None:
         draw(random.Random(0), change.pop("voices", VOICES["train"]), **change)
 
 
-@pytest.mark.parametrize("change", [{"volume": 3}, {"parts": None}, {"parts": [{"variant": "f1"}]},
-                                    {"background": {"kind": "hiss"}}])
+PART = PLAIN.values()["parts"][0]
+
+
+@pytest.mark.parametrize("change", [
+    {"volume": 3}, {"parts": None}, {"parts": [{"variant": "f1"}]}, {"background": {"kind": "hiss"}}, {"style": "whispered"},
+    {"style": None}, {"contour": "rising"}, {"background": {"kind": "rain", "snr_db": 3.0}}, {"level": "loud"}, {"level": 1.0},
+    {"background": {"kind": "hiss", "snr_db": None}}, {"tones": {"shape": "bell", "count": 1, "hertz": 500.0, "after": True}},
+    {"tones": {"shape": "beep", "count": 0, "hertz": 500.0, "after": True}}, {"labels": ["pitch"]}, {"labels": {"pitch": 3}},
+    {"parts": []}, {"parts": [{**PART, "gap": -0.5}]}, {"parts": [{**PART, "pitch": 5.0}]}, {"seed": -1}, {"seed": True},
+    {"text": 5}, {"level": math.nan}])
 def test_values_that_no_clip_gave_are_refused(change: dict) -> None:
     with pytest.raises(BadInput, match=r"Clip\.from_values"):
         Clip.from_values({**PLAIN.values(), **change})
@@ -415,6 +423,7 @@ def test_a_row_says_everything(tmp_path: Path) -> None:
     rows = read_manifest(manifests["train"])
     clips = clips_of(SMALL, "train")
     assert [clip_of(row) for row in rows] == clips
+    assert [clip_of(row).name() for row in rows] == [Path(row.audio).stem for row in rows]
     for row, clip in zip(rows, clips):
         sound = load_audio(row.audio)
         assert row.text == clip.text and row.seconds == len(sound) / RATE and row.attributes["split"] == "train"
@@ -460,6 +469,9 @@ def changed(path: str, value: object) -> dict:
     (changed("splits/train/voices", 7), "voices 7"), (changed("splits/train/voices", []), "voices none"),
     (changed("splits/train/speed", 2), "clips and voices"), (changed("splits/train/languages", ["klingon"]), "klingon"),
     (changed("splits/train/languages", []), "languages none"),
+    (changed("splits/..", {"clips": 1, "voices": VOICES["valid"], "sentences": "valid"}), r"named '\.\.'"),
+    (changed("splits/a\\b", {"clips": 1, "voices": VOICES["valid"], "sentences": "valid"}), "letters, digits"),
+    (changed("ranges", {"rate": [20, 90]}), "80 to 450"), (changed("ranges", {"level": [-20, 6]}), "-90 to 0"),
     (changed("ranges", {"words": [1, 9]}), "3 to 6"), (changed("ranges", {"level": [0]}), "level"),
     (changed("ranges", {"x": [0, 1]}), "x"),
 ])

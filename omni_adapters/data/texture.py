@@ -27,6 +27,7 @@ import numpy as np
 
 from omni_adapters.data.sounds import (
     SAMPLING_RATE,
+    TONES,
     Sound,
     active_rms,
     bend_end,
@@ -39,6 +40,7 @@ from omni_adapters.data.sounds import (
     trim,
 )
 from omni_adapters.data.speech import speak
+from omni_adapters.files import json_bytes
 from omni_adapters.shapes import BadInput, listing
 
 # Common words of two syllables, so that pace is a matter of time alone.
@@ -175,7 +177,9 @@ class Clip:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Clip:
-        """The clip that gave these values. Refused with BadInput: missing or unknown keys, at any depth."""
+        """The clip that gave these values. Refused with BadInput: missing or unknown keys, at any depth, values of another type,
+        a style, contour, noise or tone that nobody knows, no parts, a gap or a count below what can be.
+        """
         where = "Clip.from_values"
         try:
             parts = tuple(_record(where, Part, part) for part in values["parts"])
@@ -184,11 +188,12 @@ class Clip:
         except (KeyError, TypeError) as error:
             raise BadInput(where, f"values in which {error} is missing or of another kind", "what Clip.values gave") from error
         clip: Clip = _record(where, cls, {**values, "parts": parts, "background": background, "tones": sounds})
+        _check_words(clip)
         return clip
 
     def name(self) -> str:
-        """16 hex digits that stand for everything above."""
-        return hashlib.sha256(repr(sorted(self.values().items())).encode()).hexdigest()[:16]
+        """16 hex digits that stand for everything above; equal clips, equal names."""
+        return hashlib.sha256(json_bytes(self.values())).hexdigest()[:16]
 
 
 def _record(where: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
@@ -196,7 +201,33 @@ def _record(where: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
     if set(values) != names:
         raise BadInput(where, f"{kind.__name__} with keys {listing(sorted(set(values) ^ names))} missing or unknown",
                        f"exactly {listing(sorted(names), 12)}")
+    for item in fields(kind):
+        if not _is_of(values[item.name], item.type):
+            raise BadInput(where, f"{kind.__name__} in which {item.name} is {values[item.name]!r:.60}", str(item.type))
     return kind(**values)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is what a field's annotation says; records within were looked at before."""
+    if kind == "dict[str, str]":
+        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+    if kind == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return kind not in ("str", "int", "bool") or type(value).__name__ == kind
+
+
+def _check_words(clip: Clip) -> None:
+    """What `render` would pass over in silence, or fail at."""
+    known = {"style": (clip.style, STYLES.values()), "contour": (clip.contour, ("natural", *CONTOURS)),
+             "background": (clip.background and clip.background.kind, (None, *filter(None, BACKGROUNDS.values()))),
+             "tones": (clip.tones and clip.tones.shape, (None, *TONES))}
+    for name, (value, values) in known.items():
+        if value not in values:
+            raise BadInput("Clip.from_values", f"the {name} {value!r}", f"one of {listing([str(each) for each in values])}")
+    gaps = [part.gap for part in clip.parts]
+    if not clip.parts or min(gaps) < 0 or (clip.tones is not None and clip.tones.count < 1) or clip.seed < 0 or clip.level > 0:
+        raise BadInput("Clip.from_values", f"{len(gaps)} parts with gaps of {gaps!r:.60} s, seed {clip.seed}, {clip.level} dBFS",
+                       "one part or more, gaps, counts and seeds that are not negative, a level of at most 0")
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -37,6 +38,12 @@ DEFAULT_SPEC: dict[str, Any] = {
     "splits": {"train": {"clips": 10_000, "voices": VOICES["train"]}, "valid": {"clips": 300, "voices": VOICES["valid"]},
                "test": {"clips": 600, "voices": VOICES["test"]}},
     "ranges": RANGES,
+}
+LIMITS = {  # of ranges
+    "words": (3, 6, "the words of a sentence, which questions can name"),
+    "rate": (80, 450, "the words a minute that espeak-ng can speak"),
+    "level": (-90, 0, "in dBFS"),
+    "snr": (-90, 90, "in dB"),
 }
 _SPLIT_KEYS = {"clips", "voices", "sentences", "languages"}
 _WHERE = "speak"
@@ -142,6 +149,8 @@ def _claim(folder: Path, spec: Mapping[str, Any]) -> None:
 def _check_split(name: str, split: Any) -> None:
     if not isinstance(split, dict) or not {"clips", "voices"} <= set(split) <= _SPLIT_KEYS:
         raise BadInput(_WHERE, f"the split {name}: {str(split)[:60]}", "clips and voices, and if wanted sentences and languages")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise BadInput(_WHERE, f"a split named {name!r}", "letters, digits, _ and -", "it names a file, OUT/SPLIT.jsonl")
     if type(split["clips"]) is not int or split["clips"] < 1:
         raise BadInput(_WHERE, f"clips {split['clips']!r} of the split {name}", "an integer of at least 1")
     if sentences_of(name, split) not in SETS:
@@ -163,9 +172,9 @@ def _check_ranges(ranges: Mapping[str, Any]) -> None:
         numbers = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, (int, float)) for bound in bounds)
         if name not in RANGES or not numbers or not bounds[0] <= bounds[1]:
             raise BadInput(_WHERE, f"the range {name}: {bounds}", f"[least, most] for one of {listing(list(RANGES))}")
-    words = ranges.get("words", RANGES["words"])
-    if not 3 <= words[0] <= words[1] <= 6:
-        raise BadInput(_WHERE, f"sentences of {words} words", "3 to 6, which questions can name")
+        least, most, why = LIMITS[name]
+        if not least <= bounds[0] <= bounds[1] <= most:
+            raise BadInput(_WHERE, f"the range {name}: {bounds}", f"{least:g} to {most:g}, {why}")
 
 
 def _progress(total: int) -> Any:
