@@ -147,6 +147,9 @@ def test_audiobench_choices_and_transcriptions(tmp_path: Path) -> None:
     assert music.options == ("Folk (live)", "Jazz. Or not", "Blues") and music.answer == 1 and music.question == "Which genre?"
     assert (music.id, music.category, music.audio) == ("row-0", "choice", str(tmp_path / "m/1.wav"))
     assert (speech.id, speech.category, speech.about, speech.right) == ("x", "speakers", "speech", "Man")
+    inner = lettered | {"choices": "A. Plan B: go on B. Bach C. Vitamin A. Or B", "answer": "B. Bach"}
+    plan, = read_audiobench(write(tmp_path / "inner.jsonl", inner))
+    assert plan.options == ("Plan B: go on", "Bach", "Vitamin A. Or B") and plan.answer == 1
     said = {"context": "1.wav", "instruction": "", "answer": "turn left now"}
     heard, = read_audiobench(write(tmp_path / "words.jsonl", said))
     assert not heard.is_choice and heard.right == "turn left now" and heard.category == "transcription" and not heard.question

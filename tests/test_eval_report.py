@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni_adapters.data.questions import Question, Suite
-from omni_adapters.eval.report import bar_places, bootstrap_ci95, chance, make_report, scoreboard, write_report
+from omni_adapters.eval.report import bar_places, bootstrap_ci95, chance, check_target, make_report, scoreboard, write_report
 from omni_adapters.eval.suite import SYSTEMS, Answers, Graded
 from omni_adapters.shapes import BadInput
 
@@ -68,6 +68,7 @@ def test_the_promised_keys_and_their_values() -> None:
     assert report["by_about"]["words"]["overall"]["accuracy"] == 0.5 and report["by_about"]["texture"]["cascade"] is None
     assert (report["num_questions"], report["questions_sha256"], report["seconds"]) == (4, "5ac", 1.5)
     assert report["chance"] == chance(SUITE.questions) == (3 / 4 + 1 / 2) / 4
+    assert set(report["versions"]) == {"omni_adapters", "torch", "espeakng-loader", "pocketsphinx"}
     assert report["answers"][2] == {"id": "q2", "category": "verb", "right": 0, "overall": 1, "shuffled": 1, "blank": 1,
                                     "text_oracle": 0}
 
@@ -98,6 +99,11 @@ def test_json_and_picture_lie_side_by_side(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"ends in \.json"):
         write_report(tmp_path / "small.txt", report)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["small.json", "small.png"]
+    (tmp_path / "folder.json").mkdir()
+    for bad in (tmp_path / "folder.json", out / "more" / "small.json"):
+        with pytest.raises(BadInput, match="where no file can be written"):
+            check_target(bad)
+    assert check_target(tmp_path / "new" / "small.json") and not (tmp_path / "new").exists()
 
 
 @given(st.lists(st.sampled_from(["texture", "words", "music"]), min_size=1, max_size=12))

@@ -13,6 +13,11 @@ instruction, answer, other_attributes, and choices where there are some. Read of
     id, category, task (optional; also within other_attributes)
   Rows with choices are scored as choices. Rows without are transcriptions, graded by word error rate; the sets whose free
   answers AudioBench has judged by a language model are not for this. A set is one or the other.
+
+What is scored here is not what the leaderboards score. MMAU matches words of a generated answer to a prompt that lists the
+choices, AudioBench has choices judged; here an option's likelihood counts, and no prompt lists them (`scoring`). AudioBench's
+word error rates are after Whisper's English normaliser, which also spells numbers one way and contractions out
+(`scoring.word_errors` does neither).
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from omni_adapters.data.questions import Question, add_question, check_options, 
 from omni_adapters.files import STRICT, json_object
 from omni_adapters.shapes import BadInput
 
-LETTERED = re.compile(r"(?:^|(?<=\s))\(?([A-H])[).:]\s+")  # what stands before a choice: "(A) ", "B. ", "C: "
+LETTERED = re.compile(r"(?:^|(?<=\s))(\(?)([A-H])([).:])\s+")  # what stands before a choice: "(A) ", "B. ", "C: "
 
 
 def read_mmau(path: str | os.PathLike[str]) -> list[Question]:
@@ -60,8 +65,9 @@ def read_audiobench(path: str | os.PathLike[str]) -> list[Question]:
         options: tuple[str, ...] = (answer,)
         if choices:
             lettered = isinstance(choices, str)
-            answer = _bare(answer) if lettered else answer
-            options = _options(where, place, _split(choices) if lettered else choices, answer)
+            texts = _split(choices) if lettered else choices
+            answer = _bare(answer) if lettered and answer not in texts else answer
+            options = _options(where, place, texts, answer)
         kind = str(row.get("category") or row.get("task") or ("choice" if choices else "transcription"))
         asked = str(row.get("instruction") or row.get("question") or "")
         question = Question(str(row.get("id") or f"row-{number}"), kind, str(row.get("task") or "audio"), asked, options,
@@ -107,8 +113,12 @@ def _options(where: str, place: str, choices: object, answer: str) -> tuple[str,
 
 
 def _split(choices: str) -> list[str]:
-    """"(A) Folk (B) Jazz" → ["Folk", "Jazz"]."""
-    marks = list(LETTERED.finditer(choices))
+    """"(A) Folk (B) Plan C. Live" → ["Folk", "Plan C. Live"]: letters in their order, all written like the first."""
+    marks: list[re.Match[str]] = []
+    for mark in LETTERED.finditer(choices):
+        first = marks[0] if marks else mark
+        if mark[2] == "ABCDEFGH"[len(marks)] and (mark[1], mark[3]) == (first[1], first[3]):
+            marks.append(mark)
     ends = [*(mark.start() for mark in marks[1:]), len(choices)]
     return [choices[mark.end():end].strip() for mark, end in zip(marks, ends)]
 

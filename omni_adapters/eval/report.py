@@ -14,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def bootstrap_ci95(points: Sequence[int], out_of: Sequence[int], *, num_resample
     """[low, high] of Σ points / Σ out_of: the percentile bootstrap over questions (Efron and Tibshirani, 1993, chapter 13).
 
     Each resample draws as many questions as there are, with replacement; 2.5 % of resamples lie below the interval and 2.5 %
-    above. It says what other questions of the same kind would have changed, not what another training run would have.
+    above. It says what other questions of the same kind would have changed, not what another training run would have; where all
+    are right or none is, it has no width, and says less.
     """
     if not len(points) or len(points) != len(out_of):
         raise BadInput("bootstrap_ci95", f"{len(points)} points out of {len(out_of)}", "one for each question, at least one")
@@ -66,9 +68,20 @@ def make_report(suite: Suite, answers: Answers, *, command: str, seconds: float,
                               for category, numbers in grouped([question.category for question in questions]).items()}
     report |= {"num_questions": len(questions), "questions_sha256": suite.sha256, "command": command, "seconds": seconds,
                "chance": chance(questions), "num_dropped_words": answers.num_dropped,
-               "versions": {"omni_adapters": __version__, "torch": torch.__version__}, **more}
+               "versions": versions(), **more}
     report["answers"] = [told(number, question, answers) for number, question in enumerate(questions)]
     return report
+
+
+def versions() -> dict[str, str | None]:
+    """Of what decides a score: espeak-ng speaks the recipes, pocketsphinx is the cascade's ear. None where not installed."""
+    found: dict[str, str | None] = {"omni_adapters": __version__, "torch": torch.__version__}
+    for name in ("espeakng-loader", "pocketsphinx"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def grouped(names: Sequence[str]) -> dict[str, list[int]]:
@@ -145,9 +158,13 @@ def write_report(path: str | os.PathLike[str], report: Mapping[str, Any]) -> lis
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """A path to write a report at. BadInput where it does not end in .json, MissingExtra without matplotlib."""
+    """A path to write a report at, looked at before hours of work. BadInput where it does not end in .json, is a folder, or lies
+    where nothing can be written; MissingExtra without matplotlib."""
     if Path(path).suffix != ".json":
         raise BadInput("write_report", f"{os.fspath(path)}", "a path that ends in .json", "the picture takes its name with .png")
+    folder = next(place for place in Path(path).absolute().parents if place.exists())
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadInput("write_report", f"{os.fspath(path)}, where no file can be written", "a path in a folder of yours")
     plotting("write_report")
     return Path(path)
 

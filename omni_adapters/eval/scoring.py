@@ -127,7 +127,8 @@ def on_device(omni: OmniGPT, soft: Soft) -> Features:
 def word_errors(reference: str, said: str) -> tuple[int, int]:
     """Words wrong (substituted, left out, put in) and words of the reference: their sums' ratio is the word error rate.
 
-    As the field counts: jiwer's alignment, after lower case, no punctuation and single blanks. Raises MissingExtra.
+    jiwer's alignment, after lower case, no punctuation and single blanks; numbers and contractions as they are written. Raises
+    MissingExtra.
     """
     try:
         import jiwer
