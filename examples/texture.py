@@ -1,0 +1,442 @@
+"""From a GPT that has only ever read to one that hears how something was said, on two CPU cores in half an hour.
+
+    python examples/texture.py --out runs/texture           (--minutes 5 for a quick look, --minutes 60 for more)
+
+1. Describe a corpus: thousands of clips of which everything is known, who speaks, how high, fast and loud, in which manner and
+   language, before which background (`omni_adapters.data.texture`).
+2. A small GPT learns from text alone. It reads screenplays of such clips, a word or a direction for each tenth of a second,
+   `(silence) tiger (very-quiet) tiger (man) (pause) lemon`, repeats what is said, describes the sound and answers questions.
+3. The clips are spoken and heard once by a frozen encoder, log-mel unless --encoder names a pretrained one.
+4. Stage 1: the GPT frozen, a projector learns to stand in for the screenplay.
+5. Stage 2: LoRA on the GPT and the projector learn together.
+6. AudioBench-mini: 200 questions about voices and sentences never heard, beside another clip's sound, silence, the transcript,
+   and a speech recogniser in front of the same GPT.
+
+Writes DIR/{gpt/, adapter.safetensors, loss.png, metrics.json, audiobench-mini.json, audiobench-mini.png}, and layer_mix.png where
+the encoder gives several layers. The same options give the same GPT, clips and questions; --minutes decides how much is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from omni_adapters import Features, OmniGPT, Projector, __version__
+from omni_adapters.data.texture import DIGITS, VARIANTS, VOICES, WORDS, Clip, draw, render
+from omni_adapters.data.texture_questions import CATEGORIES, ask, vocabulary
+from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.protocol import AudioEncoder
+from omni_adapters.eval import listening_gap
+from omni_adapters.eval import suite as suites
+from omni_adapters.eval.cascade import Cascade
+from omni_adapters.eval.report import make_report, scoreboard, write_report
+from omni_adapters.features import pad_rows
+from omni_adapters.files import write_whole
+from omni_adapters.fingerprints import digest
+from omni_adapters.reference_gpt import GPT, GPTConfig
+from omni_adapters.training.hosts import SPECIALS, WordTokenizer, save_reference
+from omni_adapters.training.options import add_context_option, add_layer_option
+from omni_adapters.training.pictures import DARK, PALE, draw_layer_mix, plotting
+from omni_adapters.training.report import layer_mix
+from omni_adapters.training.schedule import warmup_cosine
+from omni_adapters.training.sources import open_encoder
+
+TRANSCRIBE, DESCRIBE = "what is said", "describe the sound"
+QUESTIONS_AT_ONCE = 4  # on one sound, one after the other
+COMMON = {"word": 4, "first_word": 4, "last_word": 4, "word_count": 4, "pace": 4, "loudness": 4, "style": 2.5, "pauses": 2,
+          "pitch": 1.5}  # how many more clips may be asked about it than about the rarest
+MINUTES = 25.0        # what --minutes scales: sizes below are for that
+
+
+class Sizes(NamedTuple):
+    clips: int       # spoken for training
+    read: int        # steps of the GPT on text
+    align: int       # steps of stage 1
+    instruct: int    # steps of stage 2
+
+    @classmethod
+    def for_minutes(cls, minutes: float) -> Sizes:
+        share = minutes / MINUTES
+        return cls(max(200, round(10_000 * share)), max(20, round(2400 * share)), max(20, round(1000 * share)),
+                   max(20, round(1600 * share)))
+
+
+# ---- what is taught ----------------------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str
+
+
+class Lesson(NamedTuple):
+    """A clip and what is true of its sound, texture category → option."""
+
+    clip: Clip
+    notes: dict[str, str]
+
+    @classmethod
+    def of(cls, clip: Clip) -> Lesson:
+        return cls(clip, {name: value for name, value in clip.labels.items() if CATEGORIES[name].about == "texture"})
+
+    def turns(self, rng: random.Random) -> list[Turn]:
+        """What is asked of a clip at once: to describe it, to repeat what is said, or questions of different categories, of which
+        rare ones come first, so that each is asked about as often."""
+        chance = rng.random()
+        if chance < 0.3 and self.notes:
+            return [Turn(DESCRIBE, " ".join(f"{name} {self.notes[name]}" for name in CATEGORIES if name in self.notes))]
+        if chance < 0.5:
+            return [self.turn(TRANSCRIBE, rng)]
+        drawn = {name: -math.log(1 - rng.random()) * COMMON.get(name, 1.0) for name in self.clip.labels}
+        names = sorted(drawn, key=drawn.__getitem__)[:QUESTIONS_AT_ONCE]
+        return [self.turn(name, rng) for name in rng.sample(names, len(names))]
+
+    def turn(self, name: str, rng: random.Random) -> Turn:
+        if name == TRANSCRIBE:
+            return Turn(TRANSCRIBE, self.clip.text)
+        asked = ask(self.clip, name, rng)
+        return Turn(asked.question, rng.choice(self.clip.text.split()) if name == "word" else asked.options[asked.answer])
+
+
+def dialogue(tokenizer: WordTokenizer, heard: Sequence[int], turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+    """<|bos|>, then <|user_start|> [heard] question <|user_end|><|assistant_start|> answer <|assistant_end|> for each turn;
+    and for each token whether it is graded: answers and what ends them are. Sound stands where `heard` does."""
+    bos, user, user_end, assistant, end = map(tokenizer.encode_special, SPECIALS)
+    tokens, graded = [bos], [False]
+    for number, turn in enumerate(turns):
+        asked = [user, *(heard if number == 0 else []), *tokenizer.encode(turn.question), user_end, assistant]
+        answer = [*tokenizer.encode(turn.answer), end]
+        tokens += asked + answer
+        graded += [False] * len(asked) + [True] * len(answer)
+    return tokens, graded
+
+
+def collate_dialogues(rows: Sequence[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor]:
+    """idx and targets (B, T) int64: targets[t] = token t + 1 where that is graded, else −1."""
+    longest = max(len(tokens) for tokens, _ in rows) - 1
+    idx = torch.full((len(rows), longest), rows[0][0][0])
+    targets = torch.full((len(rows), longest), -1)
+    for row, (tokens, graded) in enumerate(rows):
+        idx[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        targets[row, : len(tokens) - 1] = torch.tensor([token if counts else -1 for token, counts in zip(tokens[1:], graded[1:])])
+    return idx, targets
+
+
+def train(parameters: Sequence[Tensor], loss_at: Callable[[int], Tensor], steps: int, lr: float, name: str,
+          tables: Sequence[Tensor] = ()) -> list[float]:
+    """Muon for matrices, AdamW at a tenth of its rate for all else, such as `tables` of words: matrices too, but of rows that are
+    looked up. The rate warms up over a twentieth of the steps and falls as a cosine to a fiftieth.
+
+    Muon: Jordan et al. 2024, its updates scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
+    apart = {id(table) for table in tables}
+    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 8 and id(p) not in apart]
+    others = [p for p in parameters if p.ndim != 2 or min(p.shape) <= 8 or id(p) in apart]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=0.15 * lr, betas=(0.9, 0.98), weight_decay=0.01))
+    peaks, losses = [optimizer.param_groups[0]["lr"] for optimizer in optimizers], list[float]()
+    for step in (bar := tqdm(range(steps), desc=name, unit="step")):
+        rate = warmup_cosine(step, steps, math.ceil(0.05 * steps), 0.02)
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * rate
+            optimizer.zero_grad()
+        loss = loss_at(step)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses
+
+
+# ---- the GPT, on text alone ----------------------------------------------------------------------------------------------
+
+
+def misspoken(text: Sequence[int], rng: random.Random, vocabulary: Sequence[int], hardness: float) -> list[int]:
+    """The sentence as a poor listener writes it down: words up to five times, up to a fifth of what is written wrong."""
+    pace = rng.randint(1, 1 + round(3 * hardness))
+    wrong = rng.choice((0.0, 0.0, 0.2)) * hardness if pace > 1 else 0.0
+    wavers = (-1, 0, 0, 1) if pace > 1 else (0,)
+    repeated = [word for word in text for _ in range(pace + rng.choice(wavers))]
+    return [rng.choice(vocabulary) if rng.random() < wrong else word for word in repeated]
+
+
+def direction(value: str) -> str:
+    return f"({value.replace(' ', '-')})"
+
+
+STREWN = ("style", "language", "background", "noise", "loudness", "pitch")  # what each moment of a clip tells
+SEXES = {variant: measured[0] for variant, measured in VARIANTS.items()}
+DIRECTIONS = sorted({direction(value) for name in (*STREWN, "contour", "tone", "pace") for value in CATEGORIES[name].values}
+                    | {direction(word) for word in ("man", "woman", "pause", "beep", "silence", *VARIANTS)})
+
+
+def screenplay(clip: Clip, rng: random.Random) -> list[str]:
+    """A word or a direction for each tenth of a second of a clip, as a good ear would write it down, one in twenty wrong.
+
+    Pace is how often a word is repeated; a voice is a name; beeps and pauses stand where they are, to be counted."""
+    whole = [direction(clip.labels[name]) for name in STREWN if name in clip.labels]
+    if "pace" in clip.labels and rng.random() < 0.5:
+        whole.append(direction(clip.labels["pace"]))
+    quiet = direction("silence")
+
+    def moments(count: int, text: str, told: float = 0.2) -> list[str]:
+        return [rng.choice(whole) if whole and rng.random() < told else text for _ in range(count)]
+
+    def word(text: str, voice: str) -> list[str]:
+        count = max(1, round(600 / clip.rate * rng.uniform(0.85, 1.15)))
+        others = {0.30: whole, 0.36: [direction(SEXES[voice])], 0.42: [direction(voice)], 0.445: DIRECTIONS, 0.47: WORDS}
+        found = []
+        for _ in range(count):
+            chance = rng.random()
+            found.append(rng.choice(next((texts for limit, texts in others.items() if chance < limit and texts), [text])))
+        found[rng.randrange(count)] = text
+        return found
+
+    tones: list[str] = []
+    if clip.tones is not None and clip.tones.shape == "beep":
+        for _ in range(clip.tones.count):
+            tones += [*moments(1, quiet), *moments(rng.randint(1, 2), direction("beep"), 0)]
+    elif clip.tones is not None:
+        tones = moments(rng.randint(4, 6), direction(clip.tones.shape), 0.1)
+    speech: list[str] = []
+    for part in clip.parts:
+        speech += moments(round(10 * part.gap), direction("pause") if part.gap > 0.3 else quiet)
+        speech += [moment for text in part.words.split() for moment in word(text, part.variant)]
+    if "contour" in clip.labels:
+        speech += moments(rng.randint(2, 4), direction(clip.labels["contour"]), 0.1)
+    gap = moments(rng.randint(2, 4), quiet) if tones else []
+    after = clip.tones is not None and clip.tones.after
+    told = [*speech, *gap, *tones] if after else [*tones, *gap, *speech]
+    return [*moments(rng.randint(1, 2), quiet), *told, *moments(rng.randint(1, 2), quiet)]
+
+
+def reading(tokenizer: WordTokenizer, lesson: Lesson, words: Sequence[int], rng: random.Random,
+            progress: float) -> tuple[list[int], list[bool]]:
+    """A dialogue on a transcript, clean at first, then stuttering; after some 15 % of the steps mostly on a screenplay."""
+    if rng.random() < max(0.15, 1 - progress / 0.15):
+        heard = misspoken(tokenizer.encode(lesson.clip.text), rng, words, min(1.0, progress / 0.2))
+        about = [name for name in lesson.clip.labels if name not in lesson.notes]
+        name = rng.choice(about) if about and rng.random() < 0.3 else TRANSCRIBE
+        return dialogue(tokenizer, heard, [lesson.turn(name, rng)])
+    return dialogue(tokenizer, tokenizer.encode(" ".join(screenplay(lesson.clip, rng))), lesson.turns(rng))
+
+
+def build_gpt(vocab_size: int, n_layer: int, n_embd: int) -> GPT:
+    """Heads of 32 channels. The head starts as a fiftieth of the embedding, which is half of how to copy a word."""
+    heads = n_embd // 32
+    gpt = GPT(GPTConfig(sequence_len=512, vocab_size=vocab_size, n_layer=n_layer, n_head=heads, n_kv_head=heads, n_embd=n_embd))
+    with torch.no_grad():
+        gpt.lm_head.weight.copy_(gpt.wte().weight / 50)
+    return gpt
+
+
+def pretrain(gpt: GPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson], steps: int, rows: int, lr: float,
+             seed: int) -> list[float]:
+    rng, words = random.Random(seed), tokenizer.encode(" ".join([*WORDS, *DIGITS]))
+
+    def loss(step: int) -> Tensor:
+        return gpt(*collate_dialogues([reading(tokenizer, rng.choice(lessons), words, rng, step / steps) for _ in range(rows)]))
+
+    tables = [gpt.wte().weight, gpt.lm_head.weight, *(table.weight for table in gpt.value_embeds.values())]
+    return train(list(gpt.parameters()), loss, steps, lr, "read", tables)
+
+
+# ---- sound ---------------------------------------------------------------------------------------------------------------
+
+
+def spoken(clips: list[Clip]) -> list[np.ndarray]:
+    """(T,) int16 at 16 kHz each; runs in a worker process. What is quietest keeps some 30 steps of amplitude."""
+    return [np.round(render(clip) * 32767).astype(np.int16) for clip in clips]
+
+
+def speak_all(clips: Sequence[Clip], workers: int) -> list[np.ndarray]:
+    chunks, waves = [list(clips[first : first + 25]) for first in range(0, len(clips), 25)], list[np.ndarray]()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
+            tqdm(total=len(clips), desc="speak", unit="clip") as bar:
+        for chunk in pool.map(spoken, chunks):
+            waves += chunk
+            bar.update(len(chunk))
+    return waves
+
+
+@torch.no_grad()
+def hear_all(encoder: AudioEncoder, waves: Sequence[np.ndarray], at_once: int = 16) -> list[Tensor]:
+    """Each clip's frames (T, d) float16, as the encoder's forward gives them, or takes them where it has none but statistics.
+
+    Clips of like length are heard together, whatever their order."""
+    frames: list[Tensor] = [torch.empty(0)] * len(waves)
+    order = sorted(range(len(waves)), key=lambda number: len(waves[number]))
+    for first in (bar := tqdm(range(0, len(order), at_once), desc="hear", unit="batch")):
+        numbers = order[first : first + at_once]
+        heard = encoder.preprocess([torch.from_numpy(waves[number].astype(np.float32) / 32768) for number in numbers])
+        values, lens = (heard.values.transpose(1, 2), heard.lens) if isinstance(encoder, LogMelEncoder) else encoder(heard)
+        for number, row, length in zip(numbers, values, lens.tolist()):
+            frames[number] = row[:length].half()
+        bar.set_postfix(seconds=f"{len(waves[numbers[0]]) / 16000:.1f}")
+    return frames
+
+
+def given(omni: OmniGPT, frames: Sequence[Tensor]) -> dict[str, Features]:
+    """Frames as OmniGPT takes them: a log-mel's are its inputs, which it normalises, all others are features."""
+    padded = pad_rows([row.float() for row in frames])
+    if isinstance(omni.encoder, LogMelEncoder):
+        return {"audio_inputs": Features(padded.values.transpose(1, 2), padded.lens)}
+    return {"audio_features": padded}
+
+
+def batches(frames: Sequence[Tensor], rows: int, rng: random.Random) -> Iterator[list[int]]:
+    """Clip numbers without end, each epoch in another order, clips of like length together."""
+    while True:
+        order, epoch = rng.sample(range(len(frames)), len(frames)), list[list[int]]()
+        for first in range(0, len(order), 8 * rows):
+            some = sorted(order[first : first + 8 * rows], key=lambda number: len(frames[number]))
+            epoch += [some[start : start + rows] for start in range(0, len(some), rows)]
+        rng.shuffle(epoch)
+        yield from epoch
+
+
+def listening(omni: OmniGPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson], frames: Sequence[Tensor], rows: int,
+              seed: int) -> Callable[[int], dict[str, Any]]:
+    """step → a batch for OmniGPT: sounds, and a dialogue on each."""
+    rng = random.Random(seed)
+    numbers = batches(frames, rows, rng)
+
+    def batch(step: int) -> dict[str, Any]:
+        chosen = next(numbers)
+        idx, targets = collate_dialogues([dialogue(tokenizer, [], lessons[i].turns(rng)) for i in chosen])
+        return {"idx": idx, "targets": targets, **given(omni, [frames[i] for i in chosen])}
+
+    return batch
+
+
+# ---- all of it -----------------------------------------------------------------------------------------------------------
+
+
+def draw_losses(stages: dict[str, list[float]], path: Path) -> None:
+    figure, axes = plotting("texture").subplots(1, len(stages), figsize=(4 * len(stages), 3.2), layout="constrained")
+    for axis, (title, losses) in zip(axes, stages.items()):
+        smooth = [sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
+        axis.plot(losses, color=PALE, linewidth=0.8)
+        axis.plot(smooth, color=DARK, label="mean of 20 steps")
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss (nats a token)")
+    axes[-1].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything written")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="how long about on two cores with log-mel; it scales "
+                        "clips and steps, not how long the suite takes (default %(default)g)")
+    parser.add_argument("--encoder", default="log_mel", help="log_mel, or a Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0: a "
+                        "directory, an id, hf:id or ms:id")
+    add_context_option(parser)
+    add_layer_option(parser)
+    parser.add_argument("--stack", type=int, help="frames joined into one soft token (default: a tenth of a second)")
+    parser.add_argument("--hidden", type=int, default=768, help="width of the projector's hidden layer (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
+    parser.add_argument("--n-layer", type=int, default=4, help="of the GPT (default %(default)s)")
+    parser.add_argument("--n-embd", type=int, default=128, help="a multiple of 32 (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=32, help="of a batch (default %(default)s)")
+    parser.add_argument("--read-lr", type=float, default=0.02, help="highest rate of Muon on text (default %(default)s)")
+    parser.add_argument("--align-lr", type=float, default=0.02, help="of stage 1 (default %(default)s)")
+    parser.add_argument("--instruct-lr", type=float, default=0.01, help="of stage 2 (default %(default)s)")
+    parser.add_argument("--no-cascade", action="store_true", help="without the speech recogniser, the slowest part of the suite")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes that speak")
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not 0.5 <= args.minutes <= 10_000 or args.n_embd % 32 or min(args.n_embd, args.n_layer, args.rows, args.workers) < 1:
+        parser.error("--minutes is from 0.5 to 10,000, --n-embd a multiple of 32, all other numbers at least 1")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options()
+    args = parser.parse_args(arguments)
+    check(parser, args)
+    began, sizes = time.perf_counter(), Sizes.for_minutes(args.minutes)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    encoder = open_encoder(args.encoder, context=args.context, layer=args.layer)
+
+    clips = [draw(rng, VOICES["train"], sentences="train") for _ in range(sizes.clips)]
+    lessons = [Lesson.of(clip) for clip in clips]
+    words = [*dict.fromkeys([*vocabulary(), *f"{TRANSCRIBE} {DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]
+    tokenizer = WordTokenizer(words)
+    gpt = build_gpt(len(tokenizer.tokens), args.n_layer, args.n_embd)
+    losses = {"the GPT, on text only": pretrain(gpt, tokenizer, lessons, sizes.read, args.rows, args.read_lr, args.seed)}
+    save_reference(args.out / "gpt", gpt, words)
+    before = digest(gpt.state_dict())
+
+    frames = hear_all(encoder, speak_all(clips, args.workers))
+    if isinstance(encoder, LogMelEncoder):
+        encoder.fit_statistics([Features(row.float().T.unsqueeze(0), torch.tensor([len(row)])) for row in frames[:500]])
+    stack = args.stack or max(1, round(0.1 * encoder.frame_rate))
+    projector = Projector(encoder.d_model, args.n_embd, args.hidden, stack=stack, zero_init=False,
+                          num_layers=getattr(encoder, "num_layers", 1))
+    omni = OmniGPT(gpt, (encoder, projector), insert_at=2)
+    batch = listening(omni, tokenizer, lessons, frames, args.rows, args.seed)
+    losses["stage 1: the projector"] = train(list(projector.parameters()), lambda step: omni(**batch(step)), sizes.align,
+                                             args.align_lr, "align")
+    gap_1 = listening_gap(omni, batch(0)).as_dict()
+    omni.add_lora(args.rank, 2.0 * args.rank, seed=args.seed)
+    learning = [parameter for group in omni.trainable_parameters() for parameter in group["params"]]
+    losses["stage 2: LoRA and the projector"] = train(learning, lambda step: omni(**batch(step)), sizes.instruct,
+                                                      args.instruct_lr, "instruct")
+    gap_2 = listening_gap(omni, batch(0)).as_dict()
+    omni.eval()
+    adapter = args.out / "adapter.safetensors"
+    omni.save_adapter(adapter)
+    trained_for = time.perf_counter() - began
+
+    suite = suites.open_suite("audiobench-mini")
+    cascade = None if args.no_cascade else Cascade()
+    try:
+        answers = suites.ask(omni, suites.turns_of(omni, tokenizer), suite.questions, cascade,
+                             say=lambda line: print(line, end="\r", file=sys.stderr))
+    finally:
+        if cascade is not None:
+            cascade.close()
+    command = " ".join(["python", "examples/texture.py", *(arguments if arguments is not None else sys.argv[1:])])
+    report = make_report(suite, answers, command=command, seconds=round(time.perf_counter() - began, 1),
+                         training_seconds=round(trained_for, 1), adapter_sha256=digest(omni.trained()))
+    write_report(args.out / "audiobench-mini.json", report)
+    draw_losses(losses, args.out / "loss.png")
+    mix = layer_mix(omni)
+    if mix is not None:
+        draw_layer_mix(mix, args.out / "layer_mix.png", getattr(encoder, "layers", None))
+    omni.remove()
+    metrics = {"listening_gap": {"stage 1": gap_1, "stage 2": gap_2}, "losses": losses, "sizes": sizes._asdict(), 
+               "layer_mix": mix, "trained_parameters": sum(tensor.numel() for tensor in omni.trained().values()),
+               "lm_unchanged": digest(gpt.state_dict()) == before, "seconds": time.perf_counter() - began,
+               "options": {name: str(value) for name, value in vars(args).items()}, "omni_adapters": __version__,
+               "torch": torch.__version__}
+    write_whole("texture", args.out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    print(f"\n{scoreboard(report)}\n\n{time.perf_counter() - began:.0f} s, {trained_for:.0f} s of it training. Look at "
+          f"{args.out}/audiobench-mini.png and {args.out}/loss.png. Ask again:\n    omni-adapters eval --suite audiobench-mini "
+          f"--reference {args.out}/gpt --adapter {adapter}")
+
+
+if __name__ == "__main__":
+    main()

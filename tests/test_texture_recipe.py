@@ -1,0 +1,95 @@
+"""The texture recipe: what its GPT reads, how rows are graded, and, slowly, all of it at a small size."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import layers
+from examples import texture
+from omni_adapters.data.texture import VOICES, Clip, draw
+from omni_adapters.data.texture_questions import CATEGORIES, vocabulary
+from omni_adapters.training.hosts import SPECIALS, WordTokenizer
+from tests.tiny_whisper import make_tiny_whisper
+
+WORDS = [*dict.fromkeys([*vocabulary(), *f"{texture.TRANSCRIBE} {texture.DESCRIBE}".split(), *CATEGORIES, *texture.DIRECTIONS])]
+SEEDS = st.integers(0, 10_000)
+
+
+def clip_of(seed: int) -> Clip:
+    return draw(random.Random(seed), VOICES["train"], sentences="train")
+
+
+@settings(max_examples=150, deadline=None)
+@given(SEEDS)
+def test_a_screenplay_tells_what_is_true_of_its_clip(seed: int) -> None:
+    clip = clip_of(seed)
+    told = texture.screenplay(clip, random.Random(seed))
+    WordTokenizer(WORDS).encode(" ".join(told))
+    said = iter(told)
+    assert all(word in said for word in clip.text.split())  # every word, in order
+    count = sum(key for key, _ in groupby(told, lambda moment: moment == "(beep)"))
+    assert count >= (clip.tones.count if clip.tones is not None and clip.tones.shape == "beep" else 0)
+    pauses = [part.gap for part in clip.parts if part.gap > 0.3]
+    assert told.count("(pause)") <= sum(round(10 * gap) for gap in pauses) + len(told) // 4  # and strays
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(SEEDS, min_size=1, max_size=5))
+def test_answers_and_their_ends_are_graded_and_nothing_else(seeds: list[int]) -> None:
+    tokenizer, rng = WordTokenizer(WORDS), random.Random(sum(seeds))
+    turns = [texture.Lesson.of(clip_of(seed)).turns(rng) for seed in seeds]
+    rows = [texture.dialogue(tokenizer, tokenizer.encode("tiger tiger"), each) for each in turns]
+    idx, targets = texture.collate_dialogues(rows)
+    end = tokenizer.encode_special(SPECIALS[-1])
+    for row, each, read, wanted in zip(rows, turns, idx, targets):
+        expected = [token for turn in each for token in (*tokenizer.encode(turn.answer), end)]
+        assert wanted[wanted >= 0].tolist() == expected
+        assert [*read[: len(row[0]) - 1].tolist(), row[0][-1]] == row[0]
+        places = (wanted >= 0).nonzero().flatten()
+        assert all(row[0][place + 1] == wanted[place] for place in places.tolist())
+
+
+def test_an_epoch_has_every_clip_once_those_of_like_length_together() -> None:
+    frames = [torch.zeros(10 + number * 7 % 90, 4) for number in range(64)]
+    numbers, epochs = texture.batches(frames, 8, random.Random(0)), list[list[int]]()
+    for _ in range(2):
+        epoch: list[int] = []
+        while len(epoch) < 64:
+            batch = next(numbers)
+            assert max(len(frames[i]) for i in batch) - min(len(frames[i]) for i in batch) <= 20
+            epoch += batch
+        assert sorted(epoch) == list(range(64))
+        epochs.append(epoch)
+    assert epochs[0] != epochs[1]
+
+
+def test_minutes_scale_everything() -> None:
+    one, two = texture.Sizes.for_minutes(20), texture.Sizes.for_minutes(40)
+    assert all(abs(more - 2 * less) <= 1 for less, more in zip(one, two))
+
+
+@pytest.mark.slow
+def test_the_recipe_and_the_layers_run(tmp_path: Path) -> None:
+    sizes = "--minutes 0.5 --rows 4 --n-layer 2 --n-embd 32 --hidden 32 --rank 4 --workers 1 --no-cascade".split()
+    texture.main(["--out", str(tmp_path / "run"), *sizes])
+    report = json.loads((tmp_path / "run" / "audiobench-mini.json").read_text())
+    assert report["num_questions"] == 200 and set(report["per_category"]) == set(CATEGORIES)
+    assert 0 <= report["shuffled"]["accuracy"] <= 1 and report["cascade"] is None
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["lm_unchanged"] and set(metrics["listening_gap"]) == {"stage 1", "stage 2"}
+    assert all((tmp_path / "run" / name).is_file() for name in ("adapter.safetensors", "loss.png", "audiobench-mini.png"))
+    whisper = make_tiny_whisper(tmp_path / "whisper")
+    layers.main(["--encoder", str(whisper), "--gpt", str(tmp_path / "run" / "gpt"), "--context", "clip", "--clips", "12",
+                 "--per-category", "1", "--steps", "2", "--rows", "4", "--hidden", "16", "--rank", "2", "--workers", "1",
+                 "--out", str(tmp_path / "layers")])
+    results = json.loads((tmp_path / "layers" / "layers.json").read_text())["results"]
+    assert set(results) == {"last", "middle", "mix"} and len(results["mix"]["layer_mix"]) == 3
+    assert (tmp_path / "layers" / "layers.png").is_file() and (tmp_path / "layers" / "layers_mix.png").is_file()
