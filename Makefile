@@ -31,6 +31,7 @@ bench-results: .venv/ready  ## hours: what benchmarks/results/cpu holds
 	$(BIN)/python -m benchmarks.budget --json
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.stages
+	$(BIN)/python -m benchmarks.transfer
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
