@@ -17,16 +17,16 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from omni_adapters.checkpoint import MAX_BYTES, load_adapter
 from omni_adapters.encoders.weights import PREFLIGHT_TIMEOUT, WeightsUnavailable, in_one_line
+from omni_adapters.processes import in_thread
 from omni_adapters.shapes import BadInput, listing
 
 ADAPTER = "adapter.safetensors"  # the file's name in a repository and in a folder
@@ -246,15 +246,7 @@ def _upload(where: str, repo_id: str, file: Path, card: str, private: bool, toke
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """`call()`, or TimeoutError after so many seconds. The thread it runs in is then left to its own time limits."""
-    answer: Future[T] = Future()
-
-    def talk() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=talk, daemon=True, name="omni_adapters.hub").start()
+    answer = in_thread(call)
     wait([answer], seconds)
     if not answer.done():
         raise TimeoutError(f"no answer within {seconds:.0f} s")

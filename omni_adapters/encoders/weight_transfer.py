@@ -13,13 +13,14 @@ Notable:
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
+
+from omni_adapters.processes import in_thread
 
 if TYPE_CHECKING:
     import requests
@@ -86,15 +87,7 @@ class Patience:
         """`call()`, in a thread of its own, or TimeoutError that names `whom` when patience is over."""
         if self.since is None:
             self.renew()
-        answer: Future[T] = Future()
-
-        def talk() -> None:
-            try:
-                answer.set_result(call())
-            except BaseException as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=talk, daemon=True, name="omni_adapters.weights").start()
+        answer = in_thread(call)
         try:
             while not wait([answer], self.left()).done:
                 if self.left() <= 0:
