@@ -421,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = " ".join(["python", "examples/texture.py", *(arguments if arguments is not None else sys.argv[1:])])
     report = make_report(suite, answers, command=command, seconds=round(time.perf_counter() - began, 1),
                          training_seconds=round(trained_for, 1), adapter_sha256=digest(omni.trained()))
+    print(f"\n{scoreboard(report)}", flush=True)
     write_report(args.out / "audiobench-mini.json", report)
     draw_losses(losses, args.out / "loss.png")
     mix = layer_mix(omni)
@@ -433,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                "options": {name: str(value) for name, value in vars(args).items()}, "omni_adapters": __version__,
                "torch": torch.__version__}
     write_whole("texture", args.out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
-    print(f"\n{scoreboard(report)}\n\n{time.perf_counter() - began:.0f} s, {trained_for:.0f} s of it training. Look at "
+    print(f"\n{time.perf_counter() - began:.0f} s, {trained_for:.0f} s of it training. Look at "
           f"{args.out}/audiobench-mini.png and {args.out}/loss.png. Ask again:\n    omni-adapters eval --suite audiobench-mini "
           f"--reference {args.out}/gpt --adapter {adapter}")
 

@@ -214,9 +214,8 @@ def run_eval(args: argparse.Namespace) -> None:
                       max_answer=args.max_answer, say=lambda line: print(line, file=sys.stderr, flush=True))
     report = make_report(suite, answers, command=args.typed, seconds=round(time.perf_counter() - began, 3),
                          adapter_sha256=digest(omni.trained()))
-    written = write_report(out, report)
-    print(scoreboard(report))
-    print(*written, sep="\n")
+    print(scoreboard(report), flush=True)  # before a disk may be full
+    print(*write_report(out, report), sep="\n")
 
 
 COMMANDS = {
