@@ -28,6 +28,7 @@ from torch import Tensor
 from omni_adapters.data.audio import Waveform
 from omni_adapters.data.questions import Question, Suite, file_sha256, read_questions
 from omni_adapters.eval.cascade import RECOGNISER_RATE, Cascade, readable
+from omni_adapters.eval.listening import undisturbed
 from omni_adapters.eval.public import read_audiobench, read_mmau
 from omni_adapters.eval.scoring import Soft, best, hear, option_scores, row_of, transcribe, word_errors
 from omni_adapters.lora import lora_disabled
@@ -95,7 +96,6 @@ def turns_of(omni: OmniGPT, tokenizer: Tokenizer) -> Turns:
     return Turns(tokenizer, forms[omni.prepender.insert_at])
 
 
-@torch.no_grad()
 def ask(omni: OmniGPT, turns: Turns, questions: Sequence[Question], cascade: Cascade | None = None, *,
         max_slots: int = 8192, max_answer: int = 128, say: Callable[[str], object] = str) -> Answers:
     """What each system answers. Without a `cascade` that system is left out.
@@ -107,9 +107,7 @@ def ask(omni: OmniGPT, turns: Turns, questions: Sequence[Question], cascade: Cas
     heard. The GPT is then as before.
     """
     check_questions(omni, turns, questions)
-    modes = {module: module.training for module in omni.modules()}  # a GPT in eval may stand in an OmniGPT in training
-    omni.eval()
-    try:
+    with undisturbed(omni):
         heard = hear_all(omni, questions, cascade, say)
         other = [heard.soft[number] for number in exchange(questions)]
         sounds: dict[System, Soft] = {"overall": heard.soft, "shuffled": other, "blank": heard.blank}
@@ -126,9 +124,6 @@ def ask(omni: OmniGPT, turns: Turns, questions: Sequence[Question], cascade: Cas
             for system, written in texts.items():
                 graded[system], dropped[system] = read(omni, turns, questions, written, max_slots)
         return Answers(graded, heard.transcripts, dropped)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def check_questions(omni: OmniGPT, turns: Turns, questions: Sequence[Question]) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omni_adapters.eval.listening import undisturbed
 from omni_adapters.lora import lora_disabled
 from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput, shape
@@ -29,13 +29,8 @@ def graded(logits: Tensor, targets: Tensor) -> Tensor:
 @contextmanager
 def teacher(omni: OmniGPT) -> Iterator[None]:
     """Inside, the GPT is the one that came: LoRA off, its own dropout too, no gradients."""
-    was_training = omni.training
-    omni.eval()
-    try:
-        with torch.no_grad(), lora_disabled(omni.gpt):
-            yield
-    finally:
-        omni.train(was_training)
+    with undisturbed(omni), lora_disabled(omni.gpt):
+        yield
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
