@@ -292,12 +292,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     return json.loads((folder / "told.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 16])
 def test_ddp_reduces_what_is_trained_and_nothing_else(told: dict[str, dict[str, int]], rank: int) -> None:
     own = SMALL.adapter(BATCH, rank)
     assert told[f"ddp, {rank}"]["allreduce_"] == 4 * own.total == traffic(SMALL.sizes(), own, "ddp", 2)  # 2 (N − 1) / N = 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 16])
 def test_fsdp2_gathers_every_weight_twice(told: dict[str, dict[str, int]], rank: int) -> None:
     """Shares are padded: each parameter by at most a row, and only scalars have rows that do not divide."""
@@ -308,6 +310,7 @@ def test_fsdp2_gathers_every_weight_twice(told: dict[str, dict[str, int]], rank:
     assert came["_reduce_scatter_base_"] == 4 * own.total / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 16])
 def test_under_fsdp2_the_root_and_up_to_two_blocks_stand_whole(told: dict[str, dict[str, int]], rank: int) -> None:
     gpt, own = SMALL.sizes(), SMALL.adapter(BATCH, rank)

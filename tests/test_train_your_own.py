@@ -41,6 +41,7 @@ def commands(block: str, small: bool = True) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_page_is_run_from_a_manifest_to_a_published_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
