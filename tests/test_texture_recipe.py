@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks import layers
 from examples import texture
 from omni_adapters.data.texture import VOICES, Clip, draw
-from omni_adapters.data.texture_questions import CATEGORIES, vocabulary
+from omni_adapters.data.texture_questions import AUDIOBENCH_MINI_SHA256, CATEGORIES, vocabulary
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer
 from tests.tiny_whisper import make_tiny_whisper
 
@@ -74,6 +74,16 @@ def test_an_epoch_has_every_clip_once_those_of_like_length_together() -> None:
 def test_minutes_scale_everything() -> None:
     one, two = texture.Sizes.for_minutes(20), texture.Sizes.for_minutes(40)
     assert all(abs(more - 2 * less) <= 1 for less, more in zip(one, two))
+
+
+def test_the_pages_table_is_the_committed_result() -> None:
+    root = Path(__file__).parents[1]
+    report = json.loads((root / "benchmarks" / "results" / "audiobench-mini.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "texture.md").read_text(encoding="utf-8")
+    systems = ("overall", "shuffled", "blank", "text_oracle", "cascade")
+    assert "| all | " + " | ".join(f"{report[name]['accuracy']:.3f}" for name in systems) + " |" in page
+    assert "{:.3f} to {:.3f}".format(*report["overall"]["ci95"]) in page
+    assert report["questions_sha256"] == AUDIOBENCH_MINI_SHA256 and report["num_questions"] == 200
 
 
 @pytest.mark.slow
