@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni_adapters import Features, OmniGPT, Projector
-from omni_adapters.anatomy import discover_anatomy
+from omni_adapters.anatomy import discover_anatomy, loss_of
 from omni_adapters.data.epochs import Order
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.fingerprints import describe_host
@@ -52,7 +52,7 @@ from omni_adapters.training.sources import fit_encoder, identity, open_encoder, 
 from omni_adapters.training.trackers import open_trackers
 from omni_adapters.training.turns import Turns
 from omni_adapters.training.update import check_start, given_sound, planned_batches, train_step
-from omni_adapters.training.validation import COLUMNS, Column, loss_of, validate
+from omni_adapters.training.validation import COLUMNS, Column, validate
 
 
 def options() -> argparse.ArgumentParser:

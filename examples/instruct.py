@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni_adapters import Features, OmniGPT
-from omni_adapters.anatomy import logits_of
+from omni_adapters.anatomy import logits_of, loss_of
 from omni_adapters.data.epochs import Order
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.fingerprints import describe_host, digest
@@ -52,7 +52,7 @@ from omni_adapters.training.sources import identity, open_encoder, open_source
 from omni_adapters.training.trackers import open_trackers
 from omni_adapters.training.turns import Turns
 from omni_adapters.training.update import check_start, given_sound, planned_batches, train_step
-from omni_adapters.training.validation import COLUMNS, Column, loss_of, validate
+from omni_adapters.training.validation import COLUMNS, Column, validate
 
 
 def options() -> argparse.ArgumentParser:

@@ -154,6 +154,15 @@ def untouched(gpt: nn.Module) -> Iterator[None]:
                 module.training = flag
 
 
+def loss_of(result: Any) -> Tensor:
+    """The loss in what a host returns for targets: itself, (logits, loss), or an output with `.loss`."""
+    if isinstance(result, Tensor):
+        return result
+    loss = result[1] if isinstance(result, tuple) else result.loss
+    assert isinstance(loss, Tensor)
+    return loss
+
+
 def runner(gpt: nn.Module, ids: Tensor) -> Callable[[Tensor], Any]:
     """A forward that runs: as it is, or under bf16 autocast, which hosts with mixed parameter dtypes count on."""
     device = ids.device.type

@@ -13,6 +13,7 @@ Writing needs POSIX (flock, fsync of a folder), reading does not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from omni_adapters.shapes import BadInput
 
@@ -229,3 +230,14 @@ def _lock(file: int, wait: bool = True) -> bool:
     except OSError:  # held by another, or a file system without locks
         return False
     return True
+
+
+# Bytes
+
+
+def hex_digest(file: BinaryIO, digest: Any = None) -> str:
+    """The hex digest of what is left of an open file, a piece at a time, added to `digest`, by default a new sha256."""
+    digest = hashlib.sha256() if digest is None else digest
+    while block := file.read(CHUNK):
+        digest.update(block)
+    return str(digest.hexdigest())

@@ -24,12 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from omni_adapters.background import in_thread
 from omni_adapters.checkpoint import MAX_BYTES, load_adapter
-from omni_adapters.encoders.weights import PREFLIGHT_TIMEOUT, WeightsUnavailable, in_one_line
-from omni_adapters.processes import in_thread
+from omni_adapters.encoders.weight_transfer import http_status, in_one_line, is_passing
+from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.shapes import BadInput, listing
 
 ADAPTER = "adapter.safetensors"  # the file's name in a repository and in a folder
+PREFLIGHT_TIMEOUT = 5.0  # seconds for connecting, and again for the first byte, where the client talks
 PATIENCE = 30.0  # seconds that a transfer may take besides the bytes themselves
 SLOWEST = 100_000  # bytes a second under which a transfer is given up
 
@@ -253,16 +255,10 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return answer.result()
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of a refusal; None where nobody answered."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
 def _is_silence(error: BaseException) -> bool:
     """Whether the hub said nothing about the file: out of reach, out of order, or too busy."""
-    status = _status(error)
-    return status is None or status >= 500 or status in (408, 429)
+    status = http_status(error)
+    return status is None or is_passing(status)
 
 
 def _reason(error: BaseException) -> str:
@@ -283,7 +279,7 @@ def _way_down(repo_id: str, revision: str | None, error: Exception) -> str:
 
     if isinstance(error, RevisionNotFoundError):
         return f"revision takes a branch, a tag or a commit that {repo_id} has."
-    if isinstance(error, EntryNotFoundError) and _status(error):
+    if isinstance(error, EntryNotFoundError) and http_status(error):
         return f"{repo_id} has no {ADAPTER} at {revision or 'main'}: was it made by OmniGPT.push_to_hub?"
     if not _is_silence(error):
         return (f"Check the spelling of {repo_id}. A private or gated repository needs a token that may read it: pass token=…, "
@@ -295,7 +291,7 @@ def _way_down(repo_id: str, revision: str | None, error: Exception) -> str:
 def _way_up(repo_id: str, error: Exception) -> str:
     from huggingface_hub import constants
 
-    if _status(error) in (401, 403, 404):
+    if http_status(error) in (401, 403, 404):
         return f"Nothing was uploaded. Pass token=…, one that may write to {repo_id}, or do `hf auth login`."
     if not _is_silence(error) or isinstance(error, ValueError):
         return "Nothing was uploaded."

@@ -1,19 +1,14 @@
-"""Processes that share work and are gone when it is: with the block, with Ctrl-C, with the parent, however that ends; and
-a thread for a call that may never return.
-"""
+"""Processes that share work and are gone when it is: with the block, with Ctrl-C, with the parent, however that ends."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -41,18 +36,3 @@ def end_after_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def in_thread(call: Callable[[], T]) -> Future[T]:
-    """`call()` in a thread of its own, whose answer or error will stand in the future. The thread keeps no process alive, so it
-    may be left behind: a ThreadPoolExecutor's would be waited for at the end."""
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="omni_adapters").start()
-    return answer

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni_adapters import OmniGPT, Projector
+from omni_adapters.anatomy import loss_of
 from omni_adapters.cli import main
 from omni_adapters.data.audio import save_audio
 from omni_adapters.data.questions import Question, read_questions
@@ -35,7 +36,6 @@ from omni_adapters.reference_gpt import GPT, GPTConfig
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer, save_reference
 from omni_adapters.training.turns import Turns
-from omni_adapters.training.validation import loss_of
 
 NAMES = ("do", "mi", "so", "ti")
 HZ = dict(zip(NAMES, (260.0, 520.0, 1040.0, 2080.0)))

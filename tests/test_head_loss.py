@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omni_adapters import Features, SoftTokenPrepender, head_loss, loss
+from omni_adapters.anatomy import loss_of
 from omni_adapters.lora import inject_lora
 from omni_adapters.shapes import BadInput
-from omni_adapters.training.validation import loss_of
 
 # fp32: a loss is a sum of some hundred terms of order 1, a gradient one of some thousand; either has 2⁻²⁴ a term
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

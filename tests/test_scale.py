@@ -22,11 +22,11 @@ from hosts import bigram_gpt, reference, tiny_hf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from omni_adapters.anatomy import loss_of
 from omni_adapters.features import Features
 from omni_adapters.prepender import SoftTokenPrepender
 from omni_adapters.projector import Projector
 from omni_adapters.shapes import BadInput
-from omni_adapters.training.validation import loss_of
 
 P = 127  # inside wte, outside the vocabulary
 EXACT = {"rtol": 0, "atol": 1e-6}  # gradients of order 0.1 to 1, whose sums run in the same order or nearly so

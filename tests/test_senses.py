@@ -15,13 +15,12 @@ from test_model import IDX, TARGETS, ears, trained, waves
 from torch import Tensor
 
 from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender
-from omni_adapters.anatomy import logits_of
+from omni_adapters.anatomy import logits_of, loss_of
 from omni_adapters.checkpoint import load_adapter
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
 from omni_adapters.model_card import model_card
 from omni_adapters.shapes import BadInput
-from omni_adapters.training.validation import loss_of
 
 P, Q = 60, 61  # placeholder ids of sound and of images, in no prompt
 BOTH = {"audio": P, "image": Q}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omni_adapters import Features, OmniGPT, Projector
-from omni_adapters.anatomy import logits_of
+from omni_adapters.anatomy import logits_of, loss_of
 from omni_adapters.data.clips import ClipSource
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.features import pad_rows
@@ -21,7 +21,7 @@ from omni_adapters.shapes import BadInput
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer
 from omni_adapters.training.report import heard_and_read, scoreboard
 from omni_adapters.training.turns import Turns
-from omni_adapters.training.validation import Tally, batches, edits, loss_of, silence, validate
+from omni_adapters.training.validation import Tally, batches, edits, silence, validate
 
 WORDS = "turn left right now lamp what is said".split()
 

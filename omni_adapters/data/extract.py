@@ -37,7 +37,6 @@ from omni_adapters.data.shard_format import (
     MALFORMED,
     Member,
     Shard,
-    file_sha256,
     index_values,
     num_shards,
     pack,
@@ -50,7 +49,7 @@ from omni_adapters.data.shard_format import (
 )
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.features import Features, check_form, check_values
-from omni_adapters.files import UNFINISHED, json_bytes, json_object, json_values, write_whole
+from omni_adapters.files import UNFINISHED, hex_digest, json_bytes, json_object, json_values, write_whole
 from omni_adapters.shapes import BadInput, listing
 
 
@@ -182,7 +181,7 @@ class _Writer:
         if shard is None:
             return False
         with open(self.out / shard.name, "rb") as file:
-            whole = file_sha256(file) == shard.sha256
+            whole = hex_digest(file) == shard.sha256
         if whole:
             self.write_sidecar(number, shard)  # one that was taken over still holds the configuration it was made with
         return whole

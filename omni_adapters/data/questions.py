@@ -14,7 +14,6 @@ Notable:
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from omni_adapters.data.audio import Waveform, load_audio, resample
 from omni_adapters.data.sounds import SAMPLING_RATE
 from omni_adapters.data.texture import Clip, render
-from omni_adapters.files import json_object
+from omni_adapters.files import hex_digest, json_object
 from omni_adapters.shapes import BadInput, listing
 
 ABOUT = ("texture", "words")  # how it sounds, what is said
@@ -113,7 +112,8 @@ def add_question(where: str, place: str, found: dict[str, Question], question: Q
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hex_digest(file)
 
 
 def text_in(where: str, place: str, values: Mapping[str, Any], key: str, *, empty: bool = False) -> str:

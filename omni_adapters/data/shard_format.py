@@ -14,11 +14,10 @@ Notable:
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 from collections.abc import Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -138,13 +137,6 @@ def unpack(key: str, span: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise ValueError(f"no {name} there")
             contents.append(file.read())
     return json_object("unpack", f"{key}.json", contents[0]), load_tensors(contents[1])
-
-
-def file_sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(_MIB):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _member_names(key: str) -> tuple[str, str]:

@@ -29,14 +29,13 @@ from omni_adapters.data.shard_format import (
     MALFORMED,
     Sample,
     Shard,
-    file_sha256,
     index_values,
     num_shards,
     parse_shard,
     unpack,
 )
 from omni_adapters.features import pad_rows
-from omni_adapters.files import json_bytes, json_object
+from omni_adapters.files import hex_digest, json_bytes, json_object
 from omni_adapters.shapes import BadInput, listing, shape
 
 
@@ -153,7 +152,7 @@ class ShardReader:
         stat = os.fstat(file.fileno())
         identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._verified.get(shard.name) != identity:
-            found = file_sha256(file)
+            found = hex_digest(file)
             if found != shard.sha256:
                 file.close()
                 raise self._refuse(shard, f"{path} with sha256 {found[:12]}…")

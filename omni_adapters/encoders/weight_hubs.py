@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
-from omni_adapters.encoders.weight_transfer import Damaged, Line, Patience, Refused, RemoteFile, in_one_line
+from omni_adapters.encoders.weight_transfer import Damaged, Line, Patience, Refused, RemoteFile, http_status, in_one_line
+from omni_adapters.files import hex_digest
 
 # fp32 twins (`model.fp32-00001-of-00002.safetensors`), other frameworks' weights, pickles and subfolders stay where they are.
 WANTED_FILES = ["*.json", "*.txt", "model.safetensors", "model-*.safetensors"]
@@ -86,7 +87,7 @@ class HuggingFace:
             info = HfApi(endpoint=line.endpoint).model_info(name, revision=revision, files_metadata=True,
                                                             timeout=line.patience.seconds, token=self.token() or False)
         except Exception as error:  # its exceptions share no base, and some do not say whom they asked
-            kind = Refused if _status(error) in (401, 403) else ConnectionError
+            kind = Refused if http_status(error) in (401, 403) else ConnectionError
             raise kind(f"{line.endpoint}: {in_one_line(error)}") from error
         if not COMMIT.fullmatch(info.sha or "") or (COMMIT.fullmatch(revision or "") and info.sha != revision):
             raise ConnectionError(f"{line.endpoint}: asked for {revision or 'its default branch'}, it names commit {info.sha}")
@@ -233,9 +234,7 @@ def check_safetensors_size(path: Path) -> None:
 def hash_file(path: Path, digest: Any) -> str:
     """The hex digest of a file's bytes, added to `digest`."""
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return str(digest.hexdigest())
+        return hex_digest(file, digest)
 
 
 def _content_name(path: Path, blob: str) -> str:
@@ -249,11 +248,6 @@ def _url(said: str | None, default: str) -> str:
     """An endpoint from an environment variable, where "" means unset and a bare domain https."""
     url = (said or "").strip().rstrip("/") or default
     return url if "://" in url else f"https://{url}"
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
 
 
 def _listing(rows: Iterable[tuple[str, Any, str | None, str | None]], revision: str, url: Callable[[str], str]) -> Listing:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from omni_adapters.processes import in_thread
+from omni_adapters.background import in_thread
 
 if TYPE_CHECKING:
     import requests
@@ -173,9 +173,20 @@ def next_hop(url: str, location: str) -> str:
     return target
 
 
+def is_passing(status: int) -> bool:
+    """Whether an HTTP status says that the server has trouble of its own, or too much to do, and nothing about what was asked."""
+    return status >= 500 or status in (408, 429)
+
+
+def http_status(error: BaseException) -> int | None:
+    """Of a refusal that a hub's client raised; None where nobody answered."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
 def refusal(url: str, status: int) -> OSError:
     """The error for an HTTP status of 400 or more."""
-    if status >= 500 or status in (408, 429):
+    if is_passing(status):
         return Dropped(f"{url}: HTTP {status}")
     if status in (401, 403):
         return Refused(f"{url}: HTTP {status}")

@@ -44,13 +44,12 @@ from omni_adapters.encoders.weight_transfer import Damaged, Line, Patience, Refu
 from omni_adapters.files import json_bytes, json_object, write_whole
 from omni_adapters.shapes import BadInput
 
-__all__ = ["PREFLIGHT_TIMEOUT", "WANTED_FILES", "CachedCopy", "Weights", "WeightsUnavailable", "cache_folder", "cached_copies",
+__all__ = ["WANTED_FILES", "CachedCopy", "Weights", "WeightsUnavailable", "cache_folder", "cached_copies",
            "endpoints", "fetch_weights", "in_one_line", "missing_files", "probe", "weight_files"]
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 DEADLINE = 20.0          # seconds of silence in a call, all hubs together; $OMNI_ADAPTERS_DEADLINE
 LONGEST = 1e6            # seconds: twice as many are the most that sockets can wait for
-PREFLIGHT_TIMEOUT = 5.0  # seconds for connecting, and again for the first byte, where a hub's own client talks
 NAME, REVISION = r"\w[\w.-]*(?:/\w[\w.-]*)?", r"(?!.*\.\.)\w[\w./+-]*"
 
 

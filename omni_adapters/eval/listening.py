@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapters.anatomy import logits_of, unwrap
+from omni_adapters.anatomy import logits_of, loss_of, unwrap
 from omni_adapters.features import Features, features_to, select, valid_steps
 from omni_adapters.model import OmniGPT
 from omni_adapters.senses import Signal
 from omni_adapters.shapes import BadInput, listing
+from omni_adapters.undisturbed import undisturbed
 
 WHERE = "listening_gap"
 IGNORE = -1  # nanochat's ignore_index
@@ -148,20 +148,6 @@ def too_few(num_rows: int) -> BadInput:
                     "the sound of one is exchanged with another's")
 
 
-@contextmanager
-def undisturbed(omni: OmniGPT) -> Iterator[None]:
-    """No gradients and evaluation mode inside; every module's training flag and torch's random state are put back."""
-    flags = [(module, module.training) for module in omni.modules()]
-    device = omni.prepender.device()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        omni.eval()
-        try:
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
-
-
 # ---- losses --------------------------------------------------------------------------------------------------------------
 
 
@@ -180,15 +166,6 @@ def token_losses(omni: OmniGPT, idx: Tensor, targets: Tensor, features: Mapping[
         targets = omni.prepender.graded(WHERE, idx, targets, soft, "none")
         losses = F.cross_entropy(logits.mT, targets, ignore_index=IGNORE, reduction="none")
     return losses if losses.dtype == torch.float64 else losses.float()
-
-
-def loss_of(result: Any) -> Tensor:
-    """The loss in what a host returns for targets: itself, (logits, loss), or an output with `.loss`."""
-    if isinstance(result, Tensor):
-        return result
-    loss = result[1] if isinstance(result, tuple) else result.loss
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 def rows_of(omni: OmniGPT, idx: Tensor) -> Tensor:

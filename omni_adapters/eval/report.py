@@ -23,7 +23,7 @@ import torch
 
 from omni_adapters import __version__
 from omni_adapters.data.questions import Question, Suite
-from omni_adapters.eval.suite import SYSTEMS, Answers, Graded, System
+from omni_adapters.eval.suite import SYSTEMS, Answers, Graded, System, grouped
 from omni_adapters.files import write_whole
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.pictures import DARK, PALE, WARM, plotting
@@ -81,14 +81,6 @@ def versions() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    return found
-
-
-def grouped(names: Sequence[str]) -> dict[str, list[int]]:
-    """Name → the places where it stands, in the order of first places."""
-    found: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        found.setdefault(name, []).append(number)
     return found
 
 

@@ -17,8 +17,7 @@ Notable:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,14 +27,13 @@ from torch import Tensor
 from omni_adapters.data.audio import Waveform
 from omni_adapters.data.questions import Question, Suite, file_sha256, read_questions
 from omni_adapters.eval.cascade import RECOGNISER_RATE, Cascade, readable
-from omni_adapters.eval.listening import undisturbed
 from omni_adapters.eval.public import read_audiobench, read_mmau
 from omni_adapters.eval.scoring import Soft, best, hear, option_scores, row_of, transcribe, word_errors
-from omni_adapters.lora import lora_disabled
 from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput, listing
 from omni_adapters.training.hosts import Tokenizer
 from omni_adapters.training.turns import Turns
+from omni_adapters.undisturbed import lora_off, undisturbed
 
 System = Literal["overall", "shuffled", "blank", "text_oracle", "cascade"]
 SYSTEMS: tuple[System, ...] = ("overall", "shuffled", "blank", "text_oracle", "cascade")
@@ -212,16 +210,21 @@ def exchange(questions: Sequence[Question]) -> list[int]:
     with another answer, which is then heard twice.
     """
     found = [0] * len(questions)
-    groups: dict[str, list[int]] = {}
-    for number, question in enumerate(questions):
-        groups.setdefault(question.category, []).append(number)
-    for group in groups.values():
+    for group in grouped([question.category for question in questions]).values():
         if len(group) == 1:
             found[group[0]] = stranger(questions, group[0])
             continue
         group = sorted(group, key=lambda number: (questions[number].right, number))
         for number, other in zip(group, moved_on(questions, group)):
             found[number] = other
+    return found
+
+
+def grouped(names: Sequence[str]) -> dict[str, list[int]]:
+    """Name → the places where it stands, in the order of first places."""
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        found.setdefault(name, []).append(number)
     return found
 
 
@@ -252,13 +255,3 @@ def stranger(questions: Sequence[Question], number: int) -> int:
     """The next question round the suite with another right answer; without one, the next."""
     after = [(number + step) % len(questions) for step in range(1, len(questions))]
     return next((other for other in after if questions[other].right != questions[number].right), after[0])
-
-
-@contextmanager
-def lora_off(omni: OmniGPT) -> Iterator[None]:
-    """Inside, the GPT as it came."""
-    if not omni.lora():
-        yield
-        return
-    with lora_disabled(omni.gpt):
-        yield

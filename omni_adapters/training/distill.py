@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapters.eval.listening import undisturbed
 from omni_adapters.lora import lora_disabled
 from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput, shape
+from omni_adapters.undisturbed import undisturbed
 
 
 def graded(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,18 +11,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
+from omni_adapters.anatomy import loss_of
 from omni_adapters.data.clips import ClipSource
 from omni_adapters.data.epochs import Order, evenly
-from omni_adapters.eval.listening import exchange, loss_of, silence, undisturbed
+from omni_adapters.eval.listening import exchange, silence
 from omni_adapters.features import Features, features_to, select
 from omni_adapters.generate import generate_batch
-from omni_adapters.lora import lora_disabled
 from omni_adapters.model import OmniGPT
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.turns import Row, Turns, answer_of
+from omni_adapters.undisturbed import lora_off, undisturbed
 
 Column = Literal["right", "shuffled", "blank", "text_oracle"]
 COLUMNS: tuple[Column, ...] = ("right", "shuffled", "blank", "text_oracle")
@@ -113,7 +113,7 @@ def grade(omni: OmniGPT, column: Column, features: Features, rows: Sequence[Row]
           max_answer: int) -> tuple[float, int, list[str], list[str] | None]:
     """Mean loss, graded tokens, what was said, and (max_answer > 0) what was heard greedily."""
     if column == "text_oracle":
-        with lora_disabled(omni.gpt) if omni.lora() else nullcontext():
+        with lora_off(omni):
             return ask(omni, None, rows, turns, max_answer)
     if column == "shuffled":
         features = select(features, exchange(features))
