@@ -19,6 +19,7 @@ the encoder gives several layers. The same options give the same GPT, clips and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni_adapters import Features, OmniGPT, Projector, __version__
-from omni_adapters.data.texture import DIGITS, VARIANTS, VOICES, WORDS, Clip, draw, render
+from omni_adapters.data.audio import resample
+from omni_adapters.data.texture import DIGITS, VOICES, WORDS, Clip, render
+from omni_adapters.data.texture_lessons import DIRECTIONS, TEXTURE, draw_evenly, notes, screenplay, truths
 from omni_adapters.data.texture_questions import CATEGORIES, ask, vocabulary
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
@@ -57,8 +60,6 @@ from omni_adapters.training.sources import open_encoder
 
 TRANSCRIBE, DESCRIBE = "what is said", "describe the sound"
 QUESTIONS_AT_ONCE = 4  # on one sound, one after the other
-COMMON = {"word": 4, "first_word": 4, "last_word": 4, "word_count": 4, "pace": 4, "loudness": 4, "style": 2.5, "pauses": 2,
-          "pitch": 1.5}  # how many more clips may be asked about it than about the rarest
 MINUTES = 25.0        # what --minutes scales: sizes below are for that
 
 
@@ -78,6 +79,9 @@ class Sizes(NamedTuple):
 # ---- what is taught ----------------------------------------------------------------------------------------------------
 
 
+Drawn = TypeVar("Drawn")
+
+
 class Turn(NamedTuple):
     question: str
     answer: str
@@ -91,19 +95,18 @@ class Lesson(NamedTuple):
 
     @classmethod
     def of(cls, clip: Clip) -> Lesson:
-        return cls(clip, {name: value for name, value in clip.labels.items() if CATEGORIES[name].about == "texture"})
+        return cls(clip, truths(clip))
 
-    def turns(self, rng: random.Random) -> list[Turn]:
-        """What is asked of a clip at once: to describe it, to repeat what is said, or questions of different categories, of which
-        rare ones come first, so that each is asked about as often."""
-        chance = rng.random()
-        if chance < 0.3 and self.notes:
-            return [Turn(DESCRIBE, " ".join(f"{name} {self.notes[name]}" for name in CATEGORIES if name in self.notes))]
-        if chance < 0.5:
-            return [self.turn(TRANSCRIBE, rng)]
-        drawn = {name: -math.log(1 - rng.random()) * COMMON.get(name, 1.0) for name in self.clip.labels}
-        names = sorted(drawn, key=drawn.__getitem__)[:QUESTIONS_AT_ONCE]
+    def turns(self, category: str, rng: random.Random) -> list[Turn]:
+        """What is asked of a clip at once: to describe it and to repeat what is said, or the category and others by chance."""
+        if rng.random() < 0.5:
+            return rng.sample([self.description(), self.turn(TRANSCRIBE, rng)], 2)
+        others = [name for name in self.clip.labels if name != category]
+        names = [category, *rng.sample(others, min(len(others), QUESTIONS_AT_ONCE - 1))]
         return [self.turn(name, rng) for name in rng.sample(names, len(names))]
+
+    def description(self) -> Turn:
+        return Turn(DESCRIBE, " ".join(f"{name} {self.notes[name]}" for name in TEXTURE if name in self.notes))
 
     def turn(self, name: str, rng: random.Random) -> Turn:
         if name == TRANSCRIBE:
@@ -112,7 +115,24 @@ class Lesson(NamedTuple):
         return Turn(asked.question, rng.choice(self.clip.text.split()) if name == "word" else asked.options[asked.answer])
 
 
-def dialogue(tokenizer: WordTokenizer, heard: Sequence[int], turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+class Drawing:
+    """Lessons by chance, each category as often as any other."""
+
+    def __init__(self, lessons: Sequence[Lesson], rng: random.Random) -> None:
+        self.rng = rng
+        asked = {name: [number for number, lesson in enumerate(lessons) if name in lesson.clip.labels] for name in CATEGORIES}
+        self.asked = {name: numbers for name, numbers in asked.items() if numbers}
+
+    def __call__(self) -> tuple[int, str]:
+        """A lesson's number and what to ask of it."""
+        name = self.rng.choice(list(self.asked))
+        return self.rng.choice(self.asked[name]), name
+
+
+Row = tuple[list[int], list[bool]]  # tokens of a dialogue; which are graded
+
+
+def dialogue(tokenizer: WordTokenizer, heard: Sequence[int], turns: Sequence[Turn]) -> Row:
     """<|bos|>, then <|user_start|> [heard] question <|user_end|><|assistant_start|> answer <|assistant_end|> for each turn;
     and for each token whether it is graded: answers and what ends them are. Sound stands where `heard` does."""
     bos, user, user_end, assistant, end = map(tokenizer.encode_special, SPECIALS)
@@ -125,7 +145,7 @@ def dialogue(tokenizer: WordTokenizer, heard: Sequence[int], turns: Sequence[Tur
     return tokens, graded
 
 
-def collate_dialogues(rows: Sequence[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor]:
+def collate_dialogues(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """idx and targets (B, T) int64: targets[t] = token t + 1 where that is graded, else −1."""
     longest = max(len(tokens) for tokens, _ in rows) - 1
     idx = torch.full((len(rows), longest), rows[0][0][0])
@@ -134,6 +154,15 @@ def collate_dialogues(rows: Sequence[tuple[list[int], list[bool]]]) -> tuple[Ten
         idx[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
         targets[row, : len(tokens) - 1] = torch.tensor([token if counts else -1 for token, counts in zip(tokens[1:], graded[1:])])
     return idx, targets
+
+
+def batches(draw: Callable[[], Drawn], length: Callable[[Drawn], int], rows: int, rng: random.Random) -> Iterator[list[Drawn]]:
+    """What is drawn, eight batches at once, those of like length together."""
+    while True:
+        drawn = sorted((draw() for _ in range(8 * rows)), key=length)
+        eight = [drawn[first : first + rows] for first in range(0, len(drawn), rows)]
+        rng.shuffle(eight)
+        yield from eight
 
 
 def train(parameters: Sequence[Tensor], loss_at: Callable[[int], Tensor], steps: int, lr: float, name: str,
@@ -176,82 +205,41 @@ def misspoken(text: Sequence[int], rng: random.Random, vocabulary: Sequence[int]
     return [rng.choice(vocabulary) if rng.random() < wrong else word for word in repeated]
 
 
-def direction(value: str) -> str:
-    return f"({value.replace(' ', '-')})"
-
-
-STREWN = ("style", "language", "background", "noise", "loudness", "pitch")  # what each moment of a clip tells
-SEXES = {variant: measured[0] for variant, measured in VARIANTS.items()}
-DIRECTIONS = sorted({direction(value) for name in (*STREWN, "contour", "tone", "pace") for value in CATEGORIES[name].values}
-                    | {direction(word) for word in ("man", "woman", "pause", "beep", "silence", *VARIANTS)})
-
-
-def screenplay(clip: Clip, rng: random.Random) -> list[str]:
-    """A word or a direction for each tenth of a second of a clip, as a good ear would write it down, one in twenty wrong.
-
-    Pace is how often a word is repeated; a voice is a name; beeps and pauses stand where they are, to be counted."""
-    whole = [direction(clip.labels[name]) for name in STREWN if name in clip.labels]
-    if "pace" in clip.labels and rng.random() < 0.5:
-        whole.append(direction(clip.labels["pace"]))
-    quiet = direction("silence")
-
-    def moments(count: int, text: str, told: float = 0.2) -> list[str]:
-        return [rng.choice(whole) if whole and rng.random() < told else text for _ in range(count)]
-
-    def word(text: str, voice: str) -> list[str]:
-        count = max(1, round(600 / clip.rate * rng.uniform(0.85, 1.15)))
-        others = {0.30: whole, 0.36: [direction(SEXES[voice])], 0.42: [direction(voice)], 0.445: DIRECTIONS, 0.47: WORDS}
-        found = []
-        for _ in range(count):
-            chance = rng.random()
-            found.append(rng.choice(next((texts for limit, texts in others.items() if chance < limit and texts), [text])))
-        found[rng.randrange(count)] = text
-        return found
-
-    tones: list[str] = []
-    if clip.tones is not None and clip.tones.shape == "beep":
-        for _ in range(clip.tones.count):
-            tones += [*moments(1, quiet), *moments(rng.randint(1, 2), direction("beep"), 0)]
-    elif clip.tones is not None:
-        tones = moments(rng.randint(4, 6), direction(clip.tones.shape), 0.1)
-    speech: list[str] = []
-    for part in clip.parts:
-        speech += moments(round(10 * part.gap), direction("pause") if part.gap > 0.3 else quiet)
-        speech += [moment for text in part.words.split() for moment in word(text, part.variant)]
-    if "contour" in clip.labels:
-        speech += moments(rng.randint(2, 4), direction(clip.labels["contour"]), 0.1)
-    gap = moments(rng.randint(2, 4), quiet) if tones else []
-    after = clip.tones is not None and clip.tones.after
-    told = [*speech, *gap, *tones] if after else [*tones, *gap, *speech]
-    return [*moments(rng.randint(1, 2), quiet), *told, *moments(rng.randint(1, 2), quiet)]
-
-
-def reading(tokenizer: WordTokenizer, lesson: Lesson, words: Sequence[int], rng: random.Random,
-            progress: float) -> tuple[list[int], list[bool]]:
-    """A dialogue on a transcript, clean at first, then stuttering; after some 15 % of the steps mostly on a screenplay."""
-    if rng.random() < max(0.15, 1 - progress / 0.15):
-        heard = misspoken(tokenizer.encode(lesson.clip.text), rng, words, min(1.0, progress / 0.2))
-        about = [name for name in lesson.clip.labels if name not in lesson.notes]
+def reading(tokenizer: WordTokenizer, lesson: Lesson, category: str, words: Sequence[int], rng: random.Random,
+            progress: float) -> Row:
+    """A dialogue on a transcript, clean at first, then stuttering; after some 8 % of the steps mostly on notes or, more and more,
+    on a screenplay."""
+    if rng.random() < max(0.1, 1 - progress / 0.08):
+        heard = misspoken(tokenizer.encode(lesson.clip.text), rng, words, min(1.0, progress / 0.15))
+        about = [name for name in lesson.clip.labels if name not in TEXTURE]
         name = rng.choice(about) if about and rng.random() < 0.3 else TRANSCRIBE
         return dialogue(tokenizer, heard, [lesson.turn(name, rng)])
-    return dialogue(tokenizer, tokenizer.encode(" ".join(screenplay(lesson.clip, rng))), lesson.turns(rng))
+    told = notes if rng.random() < 0.3 * (1 - progress) else screenplay
+    return dialogue(tokenizer, tokenizer.encode(" ".join(told(lesson.clip, rng))), lesson.turns(category, rng))
 
 
 def build_gpt(vocab_size: int, n_layer: int, n_embd: int) -> GPT:
-    """Heads of 32 channels. The head starts as a fiftieth of the embedding, which is half of how to copy a word."""
+    """Heads of 32 channels. The head starts as a sixth of the embedding: whoever finds a word can say it, rare ones too."""
     heads = n_embd // 32
     gpt = GPT(GPTConfig(sequence_len=512, vocab_size=vocab_size, n_layer=n_layer, n_head=heads, n_kv_head=heads, n_embd=n_embd))
     with torch.no_grad():
-        gpt.lm_head.weight.copy_(gpt.wte().weight / 50)
+        gpt.lm_head.weight.copy_(gpt.wte().weight / 6)
     return gpt
 
 
 def pretrain(gpt: GPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson], steps: int, rows: int, lr: float,
              seed: int) -> list[float]:
     rng, words = random.Random(seed), tokenizer.encode(" ".join([*WORDS, *DIGITS]))
+    drawing, drawn = Drawing(lessons, rng), itertools.count()
+
+    def row() -> Row:
+        number, category = drawing()
+        return reading(tokenizer, lessons[number], category, words, rng, next(drawn) / (steps * rows))
+
+    numbers = batches(row, lambda dialogue: len(dialogue[0]), rows, rng)
 
     def loss(step: int) -> Tensor:
-        return gpt(*collate_dialogues([reading(tokenizer, rng.choice(lessons), words, rng, step / steps) for _ in range(rows)]))
+        return gpt(*collate_dialogues(next(numbers)))
 
     tables = [gpt.wte().weight, gpt.lm_head.weight, *(table.weight for table in gpt.value_embeds.values())]
     return train(list(gpt.parameters()), loss, steps, lr, "read", tables)
@@ -263,6 +251,18 @@ def pretrain(gpt: GPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson], step
 def spoken(clips: list[Clip]) -> list[np.ndarray]:
     """(T,) int16 at 16 kHz each; runs in a worker process. What is quietest keeps some 30 steps of amplitude."""
     return [np.round(render(clip) * 32767).astype(np.int16) for clip in clips]
+
+
+def sped(waves: Sequence[np.ndarray], rng: random.Random) -> list[np.ndarray]:
+    """Each played up to 8 % faster or slower, and as much higher or lower: voices that nobody has, in the bins they were in.
+
+    Speed perturbation: Ko et al. 2015, "Audio augmentation for speech recognition"."""
+    made = []
+    for wave in tqdm(waves, desc="speed", unit="clip"):
+        rate = 100 * round(160 * rng.uniform(0.92, 1.08))  # Hz; a multiple of 100 keeps the resampler's filter short
+        played = resample(wave.astype(np.float32) / 32768, rate, 16_000)
+        made.append(np.round(played * 32767).clip(-32767, 32767).astype(np.int16))
+    return made
 
 
 def speak_all(clips: Sequence[Clip], workers: int) -> list[np.ndarray]:
@@ -300,27 +300,25 @@ def given(omni: OmniGPT, frames: Sequence[Tensor]) -> dict[str, Features]:
     return {"audio_features": padded}
 
 
-def batches(frames: Sequence[Tensor], rows: int, rng: random.Random) -> Iterator[list[int]]:
-    """Clip numbers without end, each epoch in another order, clips of like length together."""
-    while True:
-        order, epoch = rng.sample(range(len(frames)), len(frames)), list[list[int]]()
-        for first in range(0, len(order), 8 * rows):
-            some = sorted(order[first : first + 8 * rows], key=lambda number: len(frames[number]))
-            epoch += [some[start : start + rows] for start in range(0, len(some), rows)]
-        rng.shuffle(epoch)
-        yield from epoch
-
-
-def listening(omni: OmniGPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson], frames: Sequence[Tensor], rows: int,
+def listening(omni: OmniGPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson], heard: Sequence[Sequence[Tensor]], rows: int,
               seed: int) -> Callable[[int], dict[str, Any]]:
-    """step → a batch for OmniGPT: sounds, and a dialogue on each."""
+    """step → a batch for OmniGPT: sounds, and a dialogue on each. heard: frames of all clips, once or more."""
     rng = random.Random(seed)
-    numbers = batches(frames, rows, rng)
+    drawing = Drawing(lessons, rng)
+
+    def row() -> tuple[Tensor, Row]:
+        number, category = drawing()
+        return rng.choice(heard)[number], dialogue(tokenizer, [], lessons[number].turns(category, rng))
+
+    def soft_and_text(drawn: tuple[Tensor, Row]) -> int:
+        return omni.projector.num_soft_tokens(len(drawn[0])) + len(drawn[1][0])
+
+    drawn = batches(row, soft_and_text, rows, rng)
 
     def batch(step: int) -> dict[str, Any]:
-        chosen = next(numbers)
-        idx, targets = collate_dialogues([dialogue(tokenizer, [], lessons[i].turns(rng)) for i in chosen])
-        return {"idx": idx, "targets": targets, **given(omni, [frames[i] for i in chosen])}
+        chosen = next(drawn)
+        idx, targets = collate_dialogues([row for _, row in chosen])
+        return {"idx": idx, "targets": targets, **given(omni, [frames for frames, _ in chosen])}
 
     return batch
 
@@ -380,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = random.Random(args.seed)
     encoder = open_encoder(args.encoder, context=args.context, layer=args.layer)
 
-    clips = [draw(rng, VOICES["train"], sentences="train") for _ in range(sizes.clips)]
+    clips = draw_evenly(sizes.clips, rng, VOICES["train"])
     lessons = [Lesson.of(clip) for clip in clips]
     words = [*dict.fromkeys([*vocabulary(), *f"{TRANSCRIBE} {DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]
     tokenizer = WordTokenizer(words)
@@ -389,14 +387,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save_reference(args.out / "gpt", gpt, words)
     before = digest(gpt.state_dict())
 
-    frames = hear_all(encoder, speak_all(clips, args.workers))
+    waves = speak_all(clips, args.workers)
+    frames = hear_all(encoder, waves)
+    heard = [frames, hear_all(encoder, sped(waves, rng))]
     if isinstance(encoder, LogMelEncoder):
         encoder.fit_statistics([Features(row.float().T.unsqueeze(0), torch.tensor([len(row)])) for row in frames[:500]])
     stack = args.stack or max(1, round(0.1 * encoder.frame_rate))
     projector = Projector(encoder.d_model, args.n_embd, args.hidden, stack=stack, zero_init=False,
                           num_layers=getattr(encoder, "num_layers", 1))
     omni = OmniGPT(gpt, (encoder, projector), insert_at=2)
-    batch = listening(omni, tokenizer, lessons, frames, args.rows, args.seed)
+    batch = listening(omni, tokenizer, lessons, heard, args.rows, args.seed)
     losses["stage 1: the projector"] = train(list(projector.parameters()), lambda step: omni(**batch(step)), sizes.align,
                                              args.align_lr, "align")
     gap_1 = listening_gap(omni, batch(0)).as_dict()

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-from itertools import groupby
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import layers
 from examples import texture
 from omni_adapters.data.texture import VOICES, Clip, draw
+from omni_adapters.data.texture_lessons import DIRECTIONS
 from omni_adapters.data.texture_questions import AUDIOBENCH_MINI_SHA256, CATEGORIES, vocabulary
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer
 from tests.tiny_whisper import make_tiny_whisper
 
-WORDS = [*dict.fromkeys([*vocabulary(), *f"{texture.TRANSCRIBE} {texture.DESCRIBE}".split(), *CATEGORIES, *texture.DIRECTIONS])]
+WORDS = [*dict.fromkeys([*vocabulary(), *f"{texture.TRANSCRIBE} {texture.DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]
 SEEDS = st.integers(0, 10_000)
 
 
@@ -27,25 +26,12 @@ def clip_of(seed: int) -> Clip:
     return draw(random.Random(seed), VOICES["train"], sentences="train")
 
 
-@settings(max_examples=150, deadline=None)
-@given(SEEDS)
-def test_a_screenplay_tells_what_is_true_of_its_clip(seed: int) -> None:
-    clip = clip_of(seed)
-    told = texture.screenplay(clip, random.Random(seed))
-    WordTokenizer(WORDS).encode(" ".join(told))
-    said = iter(told)
-    assert all(word in said for word in clip.text.split())  # every word, in order
-    count = sum(key for key, _ in groupby(told, lambda moment: moment == "(beep)"))
-    assert count >= (clip.tones.count if clip.tones is not None and clip.tones.shape == "beep" else 0)
-    pauses = [part.gap for part in clip.parts if part.gap > 0.3]
-    assert told.count("(pause)") <= sum(round(10 * gap) for gap in pauses) + len(told) // 4  # and strays
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(SEEDS, min_size=1, max_size=5))
 def test_answers_and_their_ends_are_graded_and_nothing_else(seeds: list[int]) -> None:
     tokenizer, rng = WordTokenizer(WORDS), random.Random(sum(seeds))
-    turns = [texture.Lesson.of(clip_of(seed)).turns(rng) for seed in seeds]
+    lessons = [texture.Lesson.of(clip_of(seed)) for seed in seeds]
+    turns = [lesson.turns(rng.choice(list(lesson.clip.labels)), rng) for lesson in lessons]
     rows = [texture.dialogue(tokenizer, tokenizer.encode("tiger tiger"), each) for each in turns]
     idx, targets = texture.collate_dialogues(rows)
     end = tokenizer.encode_special(SPECIALS[-1])
@@ -57,18 +43,26 @@ def test_answers_and_their_ends_are_graded_and_nothing_else(seeds: list[int]) ->
         assert all(row[0][place + 1] == wanted[place] for place in places.tolist())
 
 
-def test_an_epoch_has_every_clip_once_those_of_like_length_together() -> None:
-    frames = [torch.zeros(10 + number * 7 % 90, 4) for number in range(64)]
-    numbers, epochs = texture.batches(frames, 8, random.Random(0)), list[list[int]]()
-    for _ in range(2):
-        epoch: list[int] = []
-        while len(epoch) < 64:
-            batch = next(numbers)
-            assert max(len(frames[i]) for i in batch) - min(len(frames[i]) for i in batch) <= 20
-            epoch += batch
-        assert sorted(epoch) == list(range(64))
-        epochs.append(epoch)
-    assert epochs[0] != epochs[1]
+@settings(max_examples=50, deadline=None)
+@given(SEEDS)
+def test_every_category_is_asked_as_often(seed: int) -> None:
+    rng = random.Random(seed)
+    lessons = [texture.Lesson.of(clip_of(seed + number)) for number in range(60)]
+    drawing = texture.Drawing(lessons, rng)
+    drawn = [drawing() for _ in range(100 * len(drawing.asked))]
+    assert all(name in lessons[number].clip.labels for number, name in drawn)
+    counts = [sum(name == asked for _, name in drawn) for asked in drawing.asked]
+    assert max(abs(count - 100) for count in counts) < 60  # six standard deviations of 100 expected are 59
+
+
+def test_batches_hold_what_is_of_like_length() -> None:
+    rng = random.Random(0)
+    numbers = texture.batches(lambda: rng.randrange(1000), lambda number: number, 8, rng)
+    for _ in range(5):
+        eight = [next(numbers) for _ in range(8)]
+        assert all(len(batch) == 8 for batch in eight)
+        batches = sorted(eight, key=min)
+        assert all(max(one) <= min(other) for one, other in zip(batches, batches[1:]))
 
 
 def test_minutes_scale_everything() -> None:
