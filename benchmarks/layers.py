@@ -30,7 +30,8 @@ from examples import texture
 from omni_adapters import OmniGPT, Projector, __version__
 from omni_adapters.data.questions import Question
 from omni_adapters.data.texture import VOICES, Clip, draw
-from omni_adapters.data.texture_questions import CATEGORIES, ask
+from omni_adapters.data.texture_lessons import TEXTURE, draw_evenly
+from omni_adapters.data.texture_questions import ask
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.eval.report import bootstrap_ci95
 from omni_adapters.eval.scoring import best, option_scores
@@ -42,7 +43,6 @@ from omni_adapters.training.report import layer_mix
 from omni_adapters.training.sources import open_encoder
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu"
-TEXTURE = [name for name, kind in CATEGORIES.items() if kind.about == "texture"]
 COLOURS = {"last": PALE, "middle": WARM, "mix": DARK}
 
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, encoder: AudioEncoder, numbers: list[int] | No
     omni = OmniGPT(gpt, (ears, projector), insert_at=2)
     omni.add_lora(args.rank, 2.0 * args.rank, seed=args.seed)
     learning = [parameter for group in omni.trainable_parameters() for parameter in group["params"]]
-    began, batch = time.perf_counter(), texture.listening(omni, tokenizer, lessons, pick(heard), args.rows, args.seed)
+    began, batch = time.perf_counter(), texture.listening(omni, tokenizer, lessons, [pick(heard)], args.rows, args.seed)
     losses = texture.train(learning, lambda step: omni(**batch(step)), args.steps, args.lr,
                            "mix" if numbers is None else f"layer {layer}")
     seconds = time.perf_counter() - began
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     began, rng = time.perf_counter(), random.Random(args.seed)
     every = open_encoder(args.encoder, context=args.context, layer="all")
-    clips = [draw(rng, VOICES["train"], sentences="train") for _ in range(args.clips)]
+    clips = draw_evenly(args.clips, rng, VOICES["train"])
     asked, questions = questions_about(args.per_category, args.seed)
     heard = texture.hear_all(every, texture.speak_all(clips, args.workers))
     test = questions, texture.hear_all(every, texture.speak_all(asked, args.workers))
