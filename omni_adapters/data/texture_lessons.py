@@ -50,17 +50,19 @@ DIRECTIONS = sorted({direction(value) for name in (*STREWN, "contour", "tone", "
 
 
 def draw_evenly(count: int, rng: random.Random, variants: Sequence[str], *, sentences: str = "train") -> list[Clip]:
-    """Clips as `texture.draw` makes them, each category about texture asked of as many, and words of one part too.
+    """Clips as `texture.draw` makes them, each about the category of which fewest have been drawn so far.
 
-    What `draw` leaves to chance is asked of one clip in fourteen (contour) or of every other (pace).
+    By chance alone one clip in fourteen may be asked about contour, and every other one about pace.
     """
-    asked = [*TEXTURE, "word"]
-    clips: list[Clip] = []
+    drawn, clips = dict.fromkeys([*TEXTURE, "word"], 0), list[Clip]()
     while len(clips) < count:
-        name = asked[len(clips) % len(asked)]
+        name = min(drawn, key=drawn.__getitem__)
         clip = draw(rng, variants, sentences=sentences, scene=SCENES.get(name, "sentence"))
         if name in clip.labels:
             clips.append(clip)
+            for label in clip.labels:
+                if label in drawn:
+                    drawn[label] += 1
     return clips
 
 
