@@ -73,8 +73,8 @@ class Sizes(NamedTuple):
     @classmethod
     def for_minutes(cls, minutes: float) -> Sizes:
         share = minutes / MINUTES
-        return cls(max(200, round(12_000 * share)), max(20, round(1800 * share)), max(20, round(400 * share)),
-                   max(20, round(3000 * share)))
+        return cls(max(200, round(15_000 * share)), max(20, round(2200 * share)), max(20, round(400 * share)),
+                   max(20, round(4500 * share)))
 
 
 # ---- what is taught ----------------------------------------------------------------------------------------------------
