@@ -22,22 +22,24 @@ import argparse
 import json
 import math
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from itertools import accumulate, count
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from omni_adapters import Features, OmniGPT, Projector, __version__
 from omni_adapters.data.audio import resample
+from omni_adapters.data.collate import collate
 from omni_adapters.data.texture import DIGITS, VOICES, WORDS, Clip, render
 from omni_adapters.data.texture_lessons import DIRECTIONS, TEXTURE, draw_evenly, notes, screenplay, truths
 from omni_adapters.data.texture_questions import CATEGORIES, ask, vocabulary
@@ -50,9 +52,10 @@ from omni_adapters.eval.report import make_report, scoreboard, write_report
 from omni_adapters.features import pad_rows
 from omni_adapters.files import write_whole
 from omni_adapters.fingerprints import digest
+from omni_adapters.processes import worker_pool
 from omni_adapters.reference_gpt import GPT, GPTConfig
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer, save_reference
-from omni_adapters.training.options import add_context_option, add_layer_option
+from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_layer_option
 from omni_adapters.training.pictures import DARK, PALE, draw_layer_mix, plotting
 from omni_adapters.training.report import layer_mix
 from omni_adapters.training.schedule import warmup_cosine
@@ -149,13 +152,9 @@ def dialogue(tokenizer: WordTokenizer, heard: Sequence[int], turns: Sequence[Tur
 
 def collate_dialogues(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """idx and targets (B, T) int64: targets[t] = token t + 1 where that is graded, else −1."""
-    longest = max(len(tokens) for tokens, _ in rows) - 1
-    idx = torch.full((len(rows), longest), rows[0][0][0])
-    targets = torch.full((len(rows), longest), -1)
-    for row, (tokens, graded) in enumerate(rows):
-        idx[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-        targets[row, : len(tokens) - 1] = torch.tensor([token if counts else -1 for token, counts in zip(tokens[1:], graded[1:])])
-    return idx, targets
+    idx, targets = collate([tokens for tokens, _ in rows], pad_id=rows[0][0][0])
+    counts = pad_sequence([torch.tensor(graded[1:]) for _, graded in rows], batch_first=True)
+    return idx, targets.where(counts, -1)
 
 
 def batches(draw: Callable[[], Drawn], length: Callable[[Drawn], int], rows: int, rng: random.Random) -> Iterator[list[Drawn]]:
@@ -169,8 +168,9 @@ def batches(draw: Callable[[], Drawn], length: Callable[[Drawn], int], rows: int
 
 def train(parameters: Sequence[Tensor], loss_at: Callable[[int], Tensor], steps: int, lr: float, name: str,
           tables: Sequence[Tensor] = ()) -> list[float]:
-    """Muon for matrices, AdamW at a tenth of its rate for all else, such as `tables` of words: matrices too, but of rows that are
-    looked up. The rate warms up over a twentieth of the steps and falls as a cosine to a fiftieth.
+    """Muon for matrices, AdamW at 0.15 of its rate for all else: what has a side of at most 8, and `tables` of words, which are
+    matrices too, but of rows that are looked up. The rate warms up over a twentieth of the steps and falls as a cosine to a
+    fiftieth.
 
     Muon: Jordan et al. 2024, its updates scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982)."""
     apart = {id(table) for table in tables}
@@ -269,8 +269,7 @@ def sped(waves: Sequence[np.ndarray], rng: random.Random) -> list[np.ndarray]:
 
 def speak_all(clips: Sequence[Clip], workers: int) -> list[np.ndarray]:
     chunks, waves = [list(clips[first : first + 25]) for first in range(0, len(clips), 25)], list[np.ndarray]()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
-            tqdm(total=len(clips), desc="speak", unit="clip") as bar:
+    with worker_pool(workers) as pool, tqdm(total=len(clips), desc="speak", unit="clip") as bar:
         for chunk in pool.map(spoken, chunks):
             waves += chunk
             bar.update(len(chunk))
@@ -346,8 +345,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of everything written")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="how long about on two cores with log-mel; it scales "
                         "clips and steps, not how long the suite takes (default %(default)g)")
-    parser.add_argument("--encoder", default="log_mel", help="log_mel, or a Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0: a "
-                        "directory, an id, hf:id or ms:id")
+    parser.add_argument("--encoder", default="log_mel", help=ENCODER_HELP)
     add_context_option(parser)
     add_layer_option(parser)
     parser.add_argument("--stack", type=int, help="frames joined into one soft token (default: a tenth of a second)")
@@ -413,14 +411,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained_for = time.perf_counter() - began
 
     suite = suites.open_suite("audiobench-mini")
-    cascade = None if args.no_cascade else Cascade()
-    try:
+    with nullcontext() if args.no_cascade else Cascade() as cascade:
         answers = suites.ask(omni, suites.turns_of(omni, tokenizer), suite.questions, cascade,
                              say=lambda line: print(line, end="\r", file=sys.stderr))
-    finally:
-        if cascade is not None:
-            cascade.close()
-    command = " ".join(["python", "examples/texture.py", *(arguments if arguments is not None else sys.argv[1:])])
+    command = shlex.join(["python", "examples/texture.py", *(arguments if arguments is not None else sys.argv[1:])])
     report = make_report(suite, answers, command=command, seconds=round(time.perf_counter() - began, 1),
                          training_seconds=round(trained_for, 1), adapter_sha256=digest(omni.trained()))
     print(f"\n{scoreboard(report)}", flush=True)
@@ -430,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if mix is not None:
         draw_layer_mix(mix, args.out / "layer_mix.png", getattr(encoder, "layers", None))
     omni.remove()
-    metrics = {"listening_gap": {"stage 1": gap_1, "stage 2": gap_2}, "losses": losses, "sizes": sizes._asdict(), 
+    metrics = {"listening_gap": {"stage 1": gap_1, "stage 2": gap_2}, "losses": losses, "sizes": sizes._asdict(),
                "layer_mix": mix, "trained_parameters": sum(tensor.numel() for tensor in omni.trained().values()),
                "lm_unchanged": digest(gpt.state_dict()) == before, "seconds": time.perf_counter() - began,
                "options": {name: str(value) for name, value in vars(args).items()}, "omni_adapters": __version__,
