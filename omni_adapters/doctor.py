@@ -22,15 +22,16 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
-from time import monotonic
 from typing import Any, NamedTuple
 
+from omni_adapters.background import in_thread
+from omni_adapters.encoders.weight_hubs import HUBS, is_offline
 from omni_adapters.encoders.weights import CachedCopy, cache_folder, cached_copies, endpoints, in_one_line, probe
 from omni_adapters.shapes import BadInput, MissingExtra
 
@@ -41,7 +42,7 @@ SILENT = "no answer within"
 WIDTH = 100         # columns of the page
 MOST_COPIES = 8     # cached copies on the page; --json has all
 LEAST_FREE = 10**9  # bytes: less is a problem, as the smaller encoders take some hundred megabytes
-SOURCES = ("Hugging Face", "ModelScope")
+SOURCES = tuple(hub.label for hub in HUBS.values())
 FOR_DEVELOPERS = ("dev",)
 PURPOSES = {"audio": "reads sound files", "speech": "synthetic speech, offline", "train": "pictures and progress",
             "trackers": "--track", "eval": "word error rates, the cascade", "demo": "make demo"}
@@ -98,7 +99,7 @@ def examine(timeout: float = 10.0) -> list[Finding]:
     modules.pop("torch", None)  # takes longest: the child that asks for devices imports it, no second one
     tasks: dict[str, Callable[[], Any]] = {f"import {name}": partial(import_failure, module, module in sys.modules, timeout)
                                            for name, module in modules.items()}
-    tasks |= {name: partial(source_failure, name, timeout) for name in SOURCES if not offline()}
+    tasks |= {name: partial(source_failure, name, timeout) for name in SOURCES if not is_offline()}
     tasks |= {"folder": free_space, "copies": cached_copies, "espeak-ng": voices_heard,
               "accelerators": partial(accelerators, timeout)}
     done = results(tasks, timeout)
@@ -111,21 +112,9 @@ def examine(timeout: float = 10.0) -> list[Finding]:
 
 def results(tasks: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
     """name → what its task returned, or the exception it raised, or `Late`. Tasks run at once; late ones are left behind."""
-    done: dict[str, Any] = {}
-
-    def run(name: str, task: Callable[[], Any]) -> None:
-        try:
-            done[name] = task()
-        except BaseException as error:  # a broken package may raise anything, SystemExit included
-            done[name] = error
-
-    deadline = monotonic() + seconds
-    threads = [Thread(target=run, args=item, daemon=True) for item in tasks.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - monotonic()))
-    return {name: done.get(name, Late) for name in tasks}
+    answers = {name: in_thread(task) for name, task in tasks.items()}
+    wait(answers.values(), timeout=seconds)
+    return {name: (answer.exception() or answer.result()) if answer.done() else Late for name, answer in answers.items()}
 
 
 # ---- packages --------------------------------------------------------------------------------------------------------
@@ -256,12 +245,6 @@ def about_extra(extra: str, brought: Sequence[Requirement], imported: Mapping[st
 
 
 # ---- sources and cache -----------------------------------------------------------------------------------------------
-
-
-def offline() -> bool:
-    """As huggingface_hub reads it, without importing it."""
-    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def source_failure(name: str, timeout: float) -> tuple[str, str | None]:
