@@ -1,6 +1,6 @@
-"""From a GPT that has only ever read to one that hears how something was said, on two CPU cores in half an hour.
+"""From a GPT that has only ever read to one that hears how something was said, on two CPU cores in 45 minutes.
 
-    python examples/texture.py --out runs/texture           (--minutes 5 for a quick look, --minutes 60 for more)
+    python examples/texture.py --out runs/texture           (--minutes 5 for a quick look, --minutes 90 for more)
 
 1. Describe a corpus: thousands of clips of which everything is known, who speaks, how high, fast and loud, in which manner and
    language, before which background (`omni_adapters.data.texture`).
@@ -64,7 +64,7 @@ from omni_adapters.training.sources import open_encoder
 TRANSCRIBE, DESCRIBE = "what is said", "describe the sound"
 QUESTIONS_AT_ONCE = 4  # on one sound, one after the other
 SLOW = {"speaker": 2, "turns": 2, "contour": 2, "language": 2}  # what takes longest to be heard is asked twice as often
-MINUTES = 27.0         # what --minutes scales: sizes below are for that
+MINUTES = 45.0         # what --minutes scales: sizes below are for that
 
 
 class Sizes(NamedTuple):
