@@ -6,7 +6,7 @@
    language, before which background (`omni_adapters.data.texture`).
 2. A small GPT learns from text alone. It reads screenplays of such clips, a word or a direction for each tenth of a second,
    `(silence) tiger (very-quiet) tiger (man) (pause) lemon`, repeats what is said, describes the sound and answers questions.
-3. The clips are spoken and heard once by a frozen encoder, log-mel unless --encoder names a pretrained one.
+3. The clips are spoken and heard at two speeds by a frozen encoder, log-mel unless --encoder names a pretrained one.
 4. Stage 1: the GPT frozen, a projector learns to stand in for the screenplay.
 5. Stage 2: LoRA on the GPT and the projector learn together.
 6. AudioBench-mini: 200 questions about voices and sentences never heard, beside another clip's sound, silence, the transcript,
@@ -63,8 +63,8 @@ from omni_adapters.training.sources import open_encoder
 
 TRANSCRIBE, DESCRIBE = "what is said", "describe the sound"
 QUESTIONS_AT_ONCE = 4  # on one sound, one after the other
-SLOW = {"speaker": 2, "turns": 2, "contour": 2, "language": 2}  # what takes longest to be heard is asked twice as often
-MINUTES = 45.0         # what --minutes scales: sizes below are for that
+SLOW = {"speaker": 2, "turns": 2, "contour": 2, "language": 2}  # the last to be heard, asked twice as often
+MINUTES = 45.0  # what --minutes scales: sizes below are for that
 
 
 class Sizes(NamedTuple):
