@@ -85,8 +85,8 @@ def run(args: argparse.Namespace, encoder: AudioEncoder, numbers: list[int] | No
     """Train a projector and LoRA on some layers, all where `numbers` is None; what was right."""
     torch.manual_seed(args.seed)
     gpt, tokenizer = open_host("reference", args.gpt)
-    count = 1 if numbers else encoder.num_layers  # type: ignore[attr-defined]
-    width = encoder.d_model // encoder.num_layers  # type: ignore[attr-defined]
+    count = 1 if numbers else encoder.num_layers
+    width = encoder.d_model // encoder.num_layers
     ears = encoder if numbers is None else open_encoder(args.encoder, context=args.context, layer=layer)
     pick = (lambda rows: rows) if numbers is None else (lambda rows: layers_of(rows, numbers, width))
     projector = Projector(ears.d_model, gpt.config.n_embd, args.hidden, stack=args.stack, num_layers=count, zero_init=False,
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked, questions = questions_about(args.per_category, args.seed)
     heard = texture.hear_all(every, texture.speak_all(clips, args.workers))
     test = questions, texture.hear_all(every, texture.speak_all(asked, args.workers))
-    lessons, count = [texture.Lesson.of(clip) for clip in clips], every.num_layers  # type: ignore[attr-defined]
+    lessons, count = [texture.Lesson.of(clip) for clip in clips], every.num_layers
     middle = count // 2
     results = {"last": run(args, every, [count - 1], count - 1, heard, lessons, test),
                "middle": run(args, every, [middle], middle, heard, lessons, test),

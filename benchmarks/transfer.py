@@ -29,7 +29,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +39,12 @@ from examples import demo
 from omni_adapters import OmniGPT, Projector, __version__
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.reference_gpt import GPT, GPTConfig
-from omni_adapters.training.pictures import DARK, PALE, WARM, plotting
+from omni_adapters.training.pictures import DARK, PALE, WARM, plotting, smoothed
 from omni_adapters.transfer import PoorTransfer, embedding_map, mapped, transfer_projector
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 THRESHOLDS = (1.5, 1.25, 1.0, 0.75, 0.6)  # nats per word
-SMOOTH = 20                              # steps
 DEPTHS = 4, 6                            # layers of the old GPT and of the new one
 COLOURS = {"from scratch": DARK, "transferred": WARM, "first layer": "tab:green", "random map": PALE}
 QUICK = {"seeds": [0], "clips": 60, "test_clips": 20, "lm_steps": 8, "from_steps": 8, "steps": 8, "rows": 4}
@@ -164,12 +162,6 @@ def measure(seed: int, corpus: Corpus, args: argparse.Namespace, arms: dict[str,
 # ---- numbers ---------------------------------------------------------------------------------------------------------------
 
 
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """The mean of each step and up to 19 before it."""
-    sums = [0.0, *accumulate(losses)]
-    return [(sums[i + 1] - sums[max(0, i + 1 - SMOOTH)]) / min(i + 1, SMOOTH) for i in range(len(losses))]
-
-
 def steps_to(losses: Sequence[float]) -> dict[str, int | None]:
     """Steps taken when the smoothed loss is first at or below each threshold; None where it never is."""
     curve = smoothed(losses)
@@ -212,7 +204,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
         for number, run in enumerate(runs):
             curve = smoothed(run["arms"][name]["losses"])
             axis.plot(curve, color=COLOURS.get(name), linewidth=1.2, label=None if number else name)
-    axis.set(xlabel="step", ylabel=f"loss (nats per word), mean of {SMOOTH} steps", yscale="log",
+    axis.set(xlabel="step", ylabel="loss (nats per word), mean of 20 steps", yscale="log",
              title=f"a projector for the d{DEPTHS[1]}, {len(runs)} seed{'s' * (len(runs) > 1)}")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -21,8 +21,6 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +36,9 @@ from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.features import pad_rows, select
 from omni_adapters.fingerprints import digest
 from omni_adapters.generate import generate_batch
+from omni_adapters.processes import worker_pool
 from omni_adapters.reference_gpt import GPT, GPTConfig
+from omni_adapters.training.pictures import draw_stages, plotting
 from omni_adapters.training.validation import edits
 
 SLOTS = {
@@ -145,8 +145,7 @@ def mel_frames(batch: list[Clip]) -> list[Tensor]:
 def speak_all(corpus: list[Clip], workers: int) -> list[Tensor]:
     chunks = [corpus[i : i + 50] for i in range(0, len(corpus), 50)]
     frames: list[Tensor] = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
-            tqdm(total=len(corpus), desc="speak the corpus", unit="clip") as bar:
+    with worker_pool(workers) as pool, tqdm(total=len(corpus), desc="speak the corpus", unit="clip") as bar:
         for chunk in pool.map(mel_frames, chunks):
             frames += [row.float() for row in chunk]
             bar.update(len(chunk))
@@ -241,33 +240,12 @@ def listen(omni: OmniGPT, frames: Tensor, stack: int) -> tuple[list[str], Tensor
     return [WORDS[token] for token in answer], log_p[0].exp(), (log_p[0] - log_p[1:]).clamp(min=0).T
 
 
-def draw_losses(pretraining: list[float], training: list[float], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    titles = ("the GPT, on text only", "the projector, the GPT frozen")
-    for axis, losses, title in zip(axes, (pretraining, training), titles):
-        smooth = [sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
-        axis.plot(losses, color="#bcd4e6", linewidth=0.8)
-        axis.plot(smooth, color="#1b4965", label="mean of 20 steps")
-        axis.set(title=title, xlabel="step", yscale="log")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("loss (nats per word)")
-    axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=130)
-
-
 def draw_hearing(mel: Tensor, heard: tuple[list[str], Tensor, Tensor], said: str, stack: int, path: Path) -> None:
     """The spectrogram, and below it which moment of sound each word came from."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     words, probabilities, worth = heard
     seconds = mel.size(0) / 100
-    figure, (top, low) = plt.subplots(2, 1, figsize=(9, 5.6), sharex=True, layout="constrained", height_ratios=(1, 1.25))
+    figure, (top, low) = plotting("demo").subplots(2, 1, figsize=(9, 5.6), sharex=True, layout="constrained",
+                                                   height_ratios=(1, 1.25))
     top.imshow(mel.T, origin="lower", aspect="auto", extent=(0, seconds, 0, 80), cmap="magma")
     top.set(ylabel="mel band", title=f"said: “{said}”")
     picture = low.imshow(worth, aspect="auto", cmap="Blues", extent=(0, worth.size(1) * stack / 100, len(words) - 0.5, -0.5))
@@ -346,7 +324,8 @@ def main() -> None:
     mel = encoder.preprocess([load_audio(hello, encoder.sampling_rate)]).values[0].T
     heard = listen(omni, mel, args.stack)
     draw_hearing(mel, heard, args.say, args.stack, args.out / "spectrogram_to_text.png")
-    draw_losses(pretraining, losses, args.out / "loss.png")
+    draw_stages({"the GPT, on text only": pretraining, "the projector, the GPT frozen": losses}, args.out / "loss.png",
+                "nats per word")
     omni.save_adapter(args.out / "adapter.safetensors")
 
     unchanged = digest(gpt.state_dict()) == before

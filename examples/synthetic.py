@@ -20,9 +20,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +35,7 @@ from omni_adapters.data.collate import collate
 from omni_adapters.data.manifest import ManifestRow, write_manifest
 from omni_adapters.data.speech import add_noise, speak
 from omni_adapters.files import write_whole
+from omni_adapters.processes import worker_pool
 from omni_adapters.reference_gpt import GPT, GPTConfig
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer, save_reference
 
@@ -149,8 +148,7 @@ def record_all(splits: dict[str, list[Clip]], out: Path, workers: int) -> None:
     folder = out / "audio"
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(map(len, splits.values()))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
-            tqdm(total=total, desc="speak the corpus", unit="clip") as bar:
+    with worker_pool(workers) as pool, tqdm(total=total, desc="speak the corpus", unit="clip") as bar:
         for name, clips in splits.items():
             rows = []
             for clip, seconds in zip(clips, pool.map(partial(record, folder=folder), clips, chunksize=25)):

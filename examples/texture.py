@@ -56,7 +56,7 @@ from omni_adapters.processes import worker_pool
 from omni_adapters.reference_gpt import GPT, GPTConfig
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer, save_reference
 from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_layer_option
-from omni_adapters.training.pictures import DARK, PALE, draw_layer_mix, plotting
+from omni_adapters.training.pictures import draw_layer_mix, draw_stages
 from omni_adapters.training.report import layer_mix
 from omni_adapters.training.schedule import warmup_cosine
 from omni_adapters.training.sources import open_encoder
@@ -64,6 +64,7 @@ from omni_adapters.training.sources import open_encoder
 TRANSCRIBE, DESCRIBE = "what is said", "describe the sound"
 QUESTIONS_AT_ONCE = 4  # on one sound, one after the other
 SLOW = {"speaker": 2, "turns": 2, "contour": 2, "language": 2}  # the last to be heard, asked twice as often
+LEXICON = [*dict.fromkeys([*vocabulary(), *f"{TRANSCRIBE} {DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]  # words it knows
 MINUTES = 45.0  # what --minutes scales: sizes below are for that
 
 
@@ -327,19 +328,6 @@ def listening(omni: OmniGPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson]
 # ---- all of it -----------------------------------------------------------------------------------------------------------
 
 
-def draw_losses(stages: dict[str, list[float]], path: Path) -> None:
-    figure, axes = plotting("texture").subplots(1, len(stages), figsize=(4 * len(stages), 3.2), layout="constrained")
-    for axis, (title, losses) in zip(axes, stages.items()):
-        smooth = [sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
-        axis.plot(losses, color=PALE, linewidth=0.8)
-        axis.plot(smooth, color=DARK, label="mean of 20 steps")
-        axis.set(title=title, xlabel="step", ylim=(0, None))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("loss (nats a token)")
-    axes[-1].legend(frameon=False)
-    figure.savefig(path, dpi=130)
-
-
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of everything written")
@@ -380,11 +368,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     clips = draw_evenly(sizes.clips, rng, VOICES["train"])
     lessons = [Lesson.of(clip) for clip in clips]
-    words = [*dict.fromkeys([*vocabulary(), *f"{TRANSCRIBE} {DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]
-    tokenizer = WordTokenizer(words)
+    tokenizer = WordTokenizer(LEXICON)
     gpt = build_gpt(len(tokenizer.tokens), args.n_layer, args.n_embd)
     losses = {"the GPT, on text only": pretrain(gpt, tokenizer, lessons, sizes.read, args.rows, args.read_lr, args.seed)}
-    save_reference(args.out / "gpt", gpt, words)
+    save_reference(args.out / "gpt", gpt, LEXICON)
     before = digest(gpt.state_dict())
 
     waves = speak_all(clips, args.workers)
@@ -419,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                          training_seconds=round(trained_for, 1), adapter_sha256=digest(omni.trained()))
     print(f"\n{scoreboard(report)}", flush=True)
     write_report(args.out / "audiobench-mini.json", report)
-    draw_losses(losses, args.out / "loss.png")
+    draw_stages(losses, args.out / "loss.png")
     mix = layer_mix(omni)
     if mix is not None:
         draw_layer_mix(mix, args.out / "layer_mix.png", getattr(encoder, "layers", None))

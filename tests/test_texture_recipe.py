@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from benchmarks import layers
 from examples import texture
 from omni_adapters.data.texture import VOICES, Clip, draw
-from omni_adapters.data.texture_lessons import DIRECTIONS
-from omni_adapters.data.texture_questions import AUDIOBENCH_MINI_SHA256, CATEGORIES, vocabulary
+from omni_adapters.data.texture_questions import AUDIOBENCH_MINI_SHA256, CATEGORIES
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer
 from tests.tiny_whisper import make_tiny_whisper
 
-WORDS = [*dict.fromkeys([*vocabulary(), *f"{texture.TRANSCRIBE} {texture.DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]
 SEEDS = st.integers(0, 10_000)
 
 
@@ -29,7 +27,7 @@ def clip_of(seed: int) -> Clip:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(SEEDS, min_size=1, max_size=5))
 def test_answers_and_their_ends_are_graded_and_nothing_else(seeds: list[int]) -> None:
-    tokenizer, rng = WordTokenizer(WORDS), random.Random(sum(seeds))
+    tokenizer, rng = WordTokenizer(texture.LEXICON), random.Random(sum(seeds))
     lessons = [texture.Lesson.of(clip_of(seed)) for seed in seeds]
     turns = [lesson.turns(rng.choice(list(lesson.clip.labels)), rng) for lesson in lessons]
     rows = [texture.dialogue(tokenizer, tokenizer.encode("tiger tiger"), each) for each in turns]

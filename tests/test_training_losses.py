@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from omni_adapters.shapes import BadInput, MissingExtra
 from omni_adapters.training.distill import distillation_loss, graded, sum_of_losses
-from omni_adapters.training.pictures import draw_pca, draw_run, principal_components
+from omni_adapters.training.pictures import draw_pca, draw_run, draw_stages, principal_components, smoothed
 from omni_adapters.training.schedule import warmup_cosine
 from omni_adapters.training.trackers import PROJECT, flat, open_trackers
 
@@ -100,6 +100,12 @@ def test_principal_components_agree_with_the_covariance(seed: int, rows: int, wi
     assert torch.allclose(directions @ directions.T, torch.eye(2), atol=1e-5)
 
 
+@given(st.lists(st.floats(-100, 100), max_size=60), st.integers(1, 25))
+def test_smoothed_is_the_mean_of_the_last_ones(losses: list[float], steps: int) -> None:
+    means = [sum(losses[max(0, i - steps + 1) : i + 1]) / len(losses[max(0, i - steps + 1) : i + 1]) for i in range(len(losses))]
+    assert smoothed(losses, steps) == pytest.approx(means, abs=1e-10)  # sums of 60 numbers of order 100
+
+
 def test_the_pictures_are_drawn(tmp_path: Path) -> None:
     torch.manual_seed(0)
     shares = draw_pca(torch.randn(50, 8), torch.randn(20, 8), tmp_path / "pca.png")
@@ -108,7 +114,9 @@ def test_the_pictures_are_drawn(tmp_path: Path) -> None:
     checks = [{"step": step, "validation": scores} for step in (0, 2)]
     rows = [checks[0], {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, checks[1]]
     draw_run(rows, tmp_path / "loss.png")
-    for name in ("pca.png", "loss.png"):
+    draw_stages({"read": [2.0] * 30}, tmp_path / "one.png")
+    draw_stages({"read": [2.0] * 30, "listen": [1.0]}, tmp_path / "two.png", "nats per word")
+    for name in ("pca.png", "loss.png", "one.png", "two.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadInput, match="principal_components"):
         draw_pca(torch.randn(5, 8), torch.randn(1, 8), tmp_path / "none.png")

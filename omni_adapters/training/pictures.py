@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,27 @@ def draw_run(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) ->
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(Path(path), dpi=130)
+    pyplot.close(figure)
+
+
+def smoothed(losses: Sequence[float], steps: int = 20) -> list[float]:
+    """The mean of each and of up to `steps` − 1 before it."""
+    sums = [0.0, *accumulate(losses)]
+    return [(sums[i + 1] - sums[max(0, i + 1 - steps)]) / min(i + 1, steps) for i in range(len(losses))]
+
+
+def draw_stages(stages: Mapping[str, Sequence[float]], path: str | os.PathLike[str], unit: str = "nats a token") -> None:
+    """Title → the loss of each step, one beside the other, with a mean of 20 steps, on a logarithmic scale."""
+    pyplot = plotting("draw_stages")
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(4.25 * len(stages), 3.2), layout="constrained", squeeze=False)
+    for axis, (title, losses) in zip(axes[0], stages.items()):
+        axis.plot(losses, color=PALE, linewidth=0.8)
+        axis.plot(smoothed(losses), color=DARK, label="mean of 20 steps")
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(f"loss ({unit})")
+    axes[0][-1].legend(frameon=False)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
