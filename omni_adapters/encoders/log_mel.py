@@ -43,6 +43,8 @@ class LogMelEncoder(nn.Module):
 
     mean, std: (80,) per mel band, in log-mel units of 40 dB; 0 and 1 leave the frames as they are. Both are persistent
     buffers. There are no parameters, hence nothing to freeze. An `AudioEncoder`.
+
+    Another kind of frame, (d_model, T) of a clip, is a subclass with its own `d_model` and `frames`.
     """
 
     sampling_rate: int = SAMPLING_RATE
@@ -55,24 +57,28 @@ class LogMelEncoder(nn.Module):
     def __init__(self, mean: Tensor | Sequence[float] | None = None,
                  std: Tensor | Sequence[float] | None = None) -> None:
         super().__init__()
-        self.register_buffer("mean", _statistic("mean", mean, default=0.0))
-        self.register_buffer("std", _statistic("std", std, default=1.0))
+        self.register_buffer("mean", self._statistic("mean", mean, default=0.0))
+        self.register_buffer("std", self._statistic("std", std, default=1.0))
         if std is not None and not (self.std > 0).all():
-            raise BadInput("LogMelEncoder", f"std down to {float(self.std.min())}", "positive values",
+            raise BadInput(type(self).__name__, f"std down to {float(self.std.min())}", "positive values",
                            "fit_statistics never sets less than MIN_STD")
 
     def preprocess(self, waveforms: Sequence[Tensor | np.ndarray]) -> Features:
-        """16 kHz mono clips → values (B, 80, max T_mel) float32 on the CPU, lens (B,) = ceil(samples / 160).
+        """16 kHz mono clips → values (B, d_model, max T_mel) float32 on the CPU, lens (B,) = ceil(samples / 160).
 
         Beyond a clip's length values are 0. Raises BadInput for what `check_waveforms` refuses.
         """
-        clips = check_waveforms("LogMelEncoder.preprocess", waveforms)
-        frames = pad_rows([log_mel(clip).T for clip in clips])
+        clips = check_waveforms(f"{type(self).__name__}.preprocess", waveforms)
+        frames = pad_rows([self.frames(clip).T for clip in clips])
         return Features(frames.values.transpose(1, 2).contiguous(), frames.lens)
 
+    def frames(self, samples: Tensor) -> Tensor:
+        """(samples,) float32 at 16 kHz → (d_model, ceil(samples / 160)) float32."""
+        return log_mel(samples)
+
     def forward(self, inputs: Features) -> Features:
-        """values (B, 80, T_mel) → (B, T_mel, 80), normalised, beside the same lens; frames beyond lens mean nothing."""
-        _check_mel("LogMelEncoder", inputs)
+        """values (B, d_model, T_mel) → (B, T_mel, d_model), normalised, beside the same lens; frames beyond lens mean nothing."""
+        self._check_frames(type(self).__name__, inputs)
         return Features((inputs.values.transpose(1, 2).contiguous() - self.mean) / self.std, inputs.lens)
 
     @torch.no_grad()
@@ -83,14 +89,14 @@ class LogMelEncoder(nn.Module):
         The std is the population's, at least MIN_STD. Raises BadInput, and changes nothing, when no frame is valid or
         one is not finite.
         """
-        where = "LogMelEncoder.fit_statistics"
-        count, mean, squares = 0, torch.zeros(N_MELS, dtype=torch.float64), torch.zeros(N_MELS, dtype=torch.float64)
+        where = f"{type(self).__name__}.fit_statistics"
+        count, mean, squares = 0, torch.zeros(self.d_model, dtype=torch.float64), torch.zeros(self.d_model, dtype=torch.float64)
         for batch in [inputs] if isinstance(inputs, Features) else inputs:
-            _check_mel(where, batch)
+            self._check_frames(where, batch)
             rows = Features(batch.values.transpose(1, 2), batch.lens)
             if not sum(check_values(where, rows)):
                 continue
-            frames = rows.values[valid_steps(rows)].double().cpu()  # (frames, n_mels)
+            frames = rows.values[valid_steps(rows)].double().cpu()  # (frames, d_model)
             apart, share = frames.mean(dim=0) - mean, len(frames) / (count + len(frames))
             squares += (frames - frames.mean(dim=0)).square().sum(dim=0) + apart.square() * count * share
             mean += apart * share
@@ -99,6 +105,24 @@ class LogMelEncoder(nn.Module):
             raise BadInput(where, "features without one valid frame", "training clips")
         self.mean.copy_(mean)
         self.std.copy_((squares / count).sqrt().clamp_min(MIN_STD))
+
+    def _statistic(self, name: str, values: Tensor | Sequence[float] | None, default: float) -> Tensor:
+        """(d_model,) float32 of its own storage, filled with `default` when nothing was given."""
+        if values is None:
+            return torch.full((self.d_model,), default)
+        statistic = torch.as_tensor(values, dtype=torch.float32).detach().clone()
+        if statistic.shape != (self.d_model,) or not statistic.isfinite().all():
+            raise BadInput(type(self).__name__, f"{name} of shape {shape(statistic.shape)}", f"{self.d_model} finite numbers",
+                           "one per band")
+        return statistic
+
+    def _check_frames(self, where: str, inputs: Features) -> None:
+        values, lens = inputs
+        if values.ndim != 3 or values.size(1) != self.d_model or not values.is_floating_point():
+            raise BadInput(where, f"values {shape(values.shape)} of {values.dtype}",
+                           f"mel frames {shape(['B', self.d_model, 'T_mel'])}", "pass what preprocess returns")
+        if lens.shape != values.shape[:1]:
+            raise BadInput(where, f"lens {shape(lens.shape)} for {values.size(0)} clips", "one length per clip")
 
 
 def log_mel(samples: Tensor) -> Tensor:
@@ -130,23 +154,3 @@ def mel_filters() -> Tensor:
     hertz = np.arange(N_FFT // 2 + 1) * SAMPLING_RATE / N_FFT
     triangles = np.minimum((hertz - low) / (centre - low), (high - hertz) / (high - centre)).clip(min=0)
     return torch.from_numpy(triangles * 2 / (high - low)).float()
-
-
-def _statistic(name: str, values: Tensor | Sequence[float] | None, default: float) -> Tensor:
-    """(80,) float32 of its own storage, filled with `default` when nothing was given."""
-    if values is None:
-        return torch.full((N_MELS,), default)
-    statistic = torch.as_tensor(values, dtype=torch.float32).detach().clone()
-    if statistic.shape != (N_MELS,) or not statistic.isfinite().all():
-        raise BadInput("LogMelEncoder", f"{name} of shape {shape(statistic.shape)}", f"{N_MELS} finite numbers",
-                       "one per mel band")
-    return statistic
-
-
-def _check_mel(where: str, inputs: Features) -> None:
-    values, lens = inputs
-    if values.ndim != 3 or values.size(1) != N_MELS or not values.is_floating_point():
-        raise BadInput(where, f"values {shape(values.shape)} of {values.dtype}",
-                       f"mel frames {shape(['B', N_MELS, 'T_mel'])}", "pass what preprocess returns")
-    if lens.shape != values.shape[:1]:
-        raise BadInput(where, f"lens {shape(lens.shape)} for {values.size(0)} clips", "one length per clip")

@@ -16,6 +16,7 @@ from omni_adapters.data.shards import ShardReader
 from omni_adapters.descriptions import differences
 from omni_adapters.encoders.hf_speech import FAMILIES, HFSpeechEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
 from omni_adapters.encoders.pretrained import REQUIRED_FILES, WAYS_OUT, Layer, read_object
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.weights import fetch_weights
@@ -24,24 +25,26 @@ from omni_adapters.features import Features
 from omni_adapters.fingerprints import describe_encoder
 from omni_adapters.shapes import BadInput, listing
 
+WEIGHTLESS: dict[str, type[LogMelEncoder]] = {"log_mel": LogMelEncoder, "log_mel_pitch": LogMelPitchEncoder}
+
 
 def open_encoder(name: str, device: torch.device | str = "cpu", context: Context = "full", layer: Layer = None) -> AudioEncoder:
-    """`log_mel`, or a checkpoint of Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0, whichever its config.json says: a
-    directory, an id, hf:id or ms:id.
+    """`log_mel`, `log_mel_pitch`, or a checkpoint of Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0, whichever its config.json
+    says: a directory, an id, hf:id or ms:id.
 
     context: a Whisper's. Other encoders hear the clip alone in any case; BadInput for them with "clip".
-    layer:   hidden states of an encoder with weights, as in WhisperEncoder and HFSpeechEncoder; BadInput for log_mel.
+    layer:   hidden states of an encoder with weights, as in WhisperEncoder and HFSpeechEncoder; BadInput for the others.
     """
-    kind = name if name == "log_mel" else model_type(name)
+    kind = name if name in WEIGHTLESS else model_type(name)
     if kind == "whisper":
         return WhisperEncoder(name, device=device, context=context, layer=layer)
     if context != "full":
         raise BadInput("open_encoder", f"{kind} with context {context!r}", "a Whisper", "leave --context out")
-    if kind != "log_mel":
+    if kind not in WEIGHTLESS:
         return HFSpeechEncoder(name, device=device, layer=layer)
     if layer is not None:
-        raise BadInput("open_encoder", f"log_mel with layer {layer!r:.40}", "an encoder with layers", "leave --layer out")
-    return LogMelEncoder().to(device)
+        raise BadInput("open_encoder", f"{kind} with layer {layer!r:.40}", "an encoder with layers", "leave --layer out")
+    return WEIGHTLESS[kind]().to(device)
 
 
 def model_type(name: str) -> str:
