@@ -27,6 +27,7 @@ from omni_adapters.checkpoint import load_adapter, save_adapter
 from omni_adapters.collective import on_first_rank, whole
 from omni_adapters.descriptions import check_same
 from omni_adapters.encoders import hf_speech, whisper
+from omni_adapters.encoders.conv import ConvEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
 from omni_adapters.encoders.protocol import AudioEncoder, Encoder
@@ -48,6 +49,7 @@ Waveforms = Sequence["Tensor | np.ndarray | None"]
 ENCODERS: dict[str, Callable[[str | None, torch.dtype, dict[str, Any]], AudioEncoder]] = {
     "LogMelEncoder": lambda source, dtype, settings: LogMelEncoder(),
     "LogMelPitchEncoder": lambda source, dtype, settings: LogMelPitchEncoder(),
+    "ConvEncoder": lambda source, dtype, settings: ConvEncoder.load(source or "", dtype=dtype),
     "WhisperEncoder": lambda source, dtype, settings: whisper.WhisperEncoder(source, dtype=dtype, **settings),
     "HFSpeechEncoder": lambda source, dtype, settings: hf_speech.HFSpeechEncoder(source or "", dtype=dtype, **settings),
 }

@@ -116,7 +116,8 @@ def _loading(repo_id: str, description: Mapping[str, Any], revision: str | None)
     """A block that runs where `gpt` is the host, and `encoder` the encoder where nobody else could make it."""
     encoder, placeholders = description["encoder"], description.get("placeholders")
     makes_itself = encoder["type"] in ("LogMelEncoder", "LogMelPitchEncoder") or (
-        encoder["type"] in ("WhisperEncoder", "HFSpeechEncoder") and _public_name(encoder.get("source")) is not None)
+        encoder["type"] in ("WhisperEncoder", "HFSpeechEncoder", "ConvEncoder")
+        and _public_name(encoder.get("source")) is not None)
     options = "" if revision in (None, "main") else f', revision="{revision}"'
     options += "" if makes_itself else ", encoder=encoder"
     theirs = "" if makes_itself else ", and `encoder` the encoder"

@@ -14,10 +14,11 @@ from omni_adapters.data.epochs import evenly
 from omni_adapters.data.manifest import read_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.descriptions import differences
+from omni_adapters.encoders import conv
 from omni_adapters.encoders.hf_speech import FAMILIES, HFSpeechEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
-from omni_adapters.encoders.pretrained import REQUIRED_FILES, WAYS_OUT, Layer, read_object
+from omni_adapters.encoders.pretrained import WAYS_OUT, Layer, read_object
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.weights import fetch_weights
 from omni_adapters.encoders.whisper import Context, WhisperEncoder
@@ -29,8 +30,8 @@ WEIGHTLESS: dict[str, type[LogMelEncoder]] = {"log_mel": LogMelEncoder, "log_mel
 
 
 def open_encoder(name: str, device: torch.device | str = "cpu", context: Context = "full", layer: Layer = None) -> AudioEncoder:
-    """`log_mel`, `log_mel_pitch`, or a checkpoint of Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0, whichever its config.json
-    says: a directory, an id, hf:id or ms:id.
+    """`log_mel`, `log_mel_pitch`, or a checkpoint of Whisper, wav2vec2, HuBERT, WavLM, w2v-BERT 2.0 or a ConvEncoder, whichever
+    its config.json says: a directory, an id, hf:id or ms:id.
 
     context: a Whisper's. Other encoders hear the clip alone in any case; BadInput for them with "clip".
     layer:   hidden states of an encoder with weights, as in WhisperEncoder and HFSpeechEncoder; BadInput for the others.
@@ -40,21 +41,21 @@ def open_encoder(name: str, device: torch.device | str = "cpu", context: Context
         return WhisperEncoder(name, device=device, context=context, layer=layer)
     if context != "full":
         raise BadInput("open_encoder", f"{kind} with context {context!r}", "a Whisper", "leave --context out")
-    if kind not in WEIGHTLESS:
+    if kind not in WEIGHTLESS and kind != conv.MODEL_TYPE:
         return HFSpeechEncoder(name, device=device, layer=layer)
     if layer is not None:
         raise BadInput("open_encoder", f"{kind} with layer {layer!r:.40}", "an encoder with layers", "leave --layer out")
-    return WEIGHTLESS[kind]().to(device)
+    return conv.ConvEncoder.load(name, device=device) if kind == conv.MODEL_TYPE else WEIGHTLESS[kind]().to(device)
 
 
 def model_type(name: str) -> str:
     """What config.json calls the checkpoint; its files are fetched if need be, once for this and for the encoder, which is the
     one to hash them."""
-    directory, _ = fetch_weights("WhisperEncoder or HFSpeechEncoder", [name], REQUIRED_FILES, WAYS_OUT, verify=False)
+    directory, _ = fetch_weights("WhisperEncoder or HFSpeechEncoder", [name], ("config.json",), WAYS_OUT, verify=False)
     found = read_object("open_encoder", directory / "config.json").get("model_type")
-    if found not in ("whisper", *FAMILIES):
+    if found not in (known := ["whisper", *FAMILIES, conv.MODEL_TYPE]):
         raise BadInput("open_encoder", f"a checkpoint of type {found!r:.60} in {directory}",
-                       f"model_type {', '.join(map(repr, ['whisper', *FAMILIES]))}")
+                       f"model_type {', '.join(map(repr, known))}")
     return str(found)
 
 

@@ -1,0 +1,72 @@
+"""What teaches an encoder of one's own to hear: what happens and in which order, and what is true of the whole clip.
+
+    heads = AcousticHeads(encoder.d_model, num_events=110, tags={"style": 4, "language": 4})
+    loss = heads.loss(encoder(inputs), events, tags)          # then loss.backward(); the heads are thrown away
+
+Notable:
+- both losses reach the encoder directly. Through a GPT's answers the same is learned from many times as many clips
+- events have an order but no times: CTC (Graves et al. 2006, "Connectionist temporal classification")
+- each tag listens where it is told, by a softmax over time of its own (Okabe et al. 2018, "Attentive statistics pooling for deep
+  speaker embedding", the mean alone): a melody is at the end of a sentence, a language all over it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni_adapters.features import Features, valid_steps
+from omni_adapters.shapes import BadInput, shape
+
+BLANK = 0     # CTC's class; event e is class e + 1
+UNKNOWN = -1  # a tag that is not known of a clip
+
+
+class AcousticHeads(nn.Module):
+    """From features (B, T, width) to events in order, and to one of some values of each tag.
+
+    num_events: kinds of events, 0 … num_events − 1.
+    tags:       name → how many values it has.
+    """
+
+    def __init__(self, width: int, num_events: int, tags: Mapping[str, int]) -> None:
+        super().__init__()
+        if min([width, num_events, *tags.values()]) < 1:
+            raise BadInput("AcousticHeads", f"width {width}, {num_events} events, tags {dict(tags)}", "positive numbers")
+        self.tags = dict(tags)
+        self.events = nn.Linear(width, num_events + 1)
+        self.attention = nn.Linear(width, len(tags))
+        self.values = nn.ModuleList(nn.Linear(width, size) for size in tags.values())
+
+    def forward(self, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-probabilities of CTC's classes (B, T, num_events + 1), and tag → logits (B, values)."""
+        there = valid_steps(features).unsqueeze(-1)
+        heard = torch.where(there, features.values, 0)  # padding may hold anything
+        shares = self.attention(heard).masked_fill(~there, -torch.inf).softmax(dim=1)  # (B, T, tags)
+        means = torch.einsum("btk,btd->bkd", shares, heard)
+        logits = {name: head(means[:, number]) for number, (name, head) in enumerate(zip(self.tags, self.values))}
+        return self.events(heard).log_softmax(-1), logits
+
+    def loss(self, features: Features, events: Sequence[Sequence[int]], tags: Mapping[str, Tensor],
+             weights: Mapping[str, float] | None = None, tagging: float = 1.0) -> Tensor:
+        """CTC's, nats an event, and `tagging` times the mean cross-entropy of the tags that are known, in nats.
+
+        events:  of each clip, in order; one that is too short for its events is left out.
+        tags:    name → (B,) values, `UNKNOWN` where they are.
+        weights: name → how much a tag counts, by default 1.
+        """
+        values, lens = features
+        if len(events) != len(values) or any(name not in self.tags or tag.shape != lens.shape for name, tag in tags.items()):
+            raise BadInput("AcousticHeads.loss", f"{len(events)} lists of events, tags " + ", ".join(
+                f"{name} {shape(tag.shape)}" for name, tag in tags.items()), f"{len(values)} of each, tags of {list(self.tags)}")
+        classes, logits = self(features)
+        found = F.ctc_loss(classes.transpose(0, 1).float(), torch.tensor([one + 1 for row in events for one in row]), lens,
+                           torch.tensor([len(row) for row in events]), blank=BLANK, zero_infinity=True)
+        counts = {name: (weights or {}).get(name, 1.0) * (tag != UNKNOWN).sum() for name, tag in tags.items()}
+        total = sum(counts.values(), torch.zeros(()))
+        losses = [counts[name] / total * F.cross_entropy(logits[name], tag, ignore_index=UNKNOWN)
+                  for name, tag in tags.items() if counts[name]]
+        return found + tagging * torch.stack(losses).sum() if losses else found
