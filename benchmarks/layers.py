@@ -36,6 +36,7 @@ from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.eval.report import bootstrap_ci95
 from omni_adapters.eval.scoring import best, option_scores
 from omni_adapters.eval.suite import turns_of
+from omni_adapters.features import pad_rows
 from omni_adapters.training.hosts import open_host
 from omni_adapters.training.options import add_context_option
 from omni_adapters.training.pictures import DARK, PALE, WARM, draw_layer_mix, plotting
@@ -61,6 +62,11 @@ def questions_about(count: int, seed: int) -> tuple[list[Clip], list[Question]]:
     return clips, found
 
 
+def hear(encoder: AudioEncoder, clips: list[Clip], workers: int) -> list[Tensor]:
+    waves = texture.speak_all(clips, workers, texture.spoken)
+    return texture.hear_all(encoder, [texture.waveform(wave) for wave in waves], encoder.preprocess, 16)
+
+
 def layers_of(frames: list[Tensor], numbers: list[int], width: int) -> list[Tensor]:
     """Some layers of (T, L · width) frames, side by side."""
     return [torch.cat([row[:, number * width : (number + 1) * width] for number in numbers], dim=1) for row in frames]
@@ -71,7 +77,7 @@ def accuracies(omni: OmniGPT, tokenizer: Any, questions: list[Question], frames:
     """category → 1 or 0 for each question."""
     soft: list[Tensor] = []
     for first in range(0, len(frames), 16):
-        features = texture.given(omni, frames[first : first + 16])["audio_features"]
+        features = pad_rows([row.float() for row in frames[first : first + 16]])
         values, lens = omni.project(features, len(features.lens))
         soft += [row[:length] for row, length in zip(values, lens.tolist())]
     right: dict[str, list[int]] = {}
@@ -141,8 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every = open_encoder(args.encoder, context=args.context, layer="all")
     clips = draw_evenly(args.clips, rng, VOICES["train"])
     asked, questions = questions_about(args.per_category, args.seed)
-    heard = texture.hear_all(every, texture.speak_all(clips, args.workers))
-    test = questions, texture.hear_all(every, texture.speak_all(asked, args.workers))
+    heard, test = hear(every, clips, args.workers), (questions, hear(every, asked, args.workers))
     lessons, count = [texture.Lesson.of(clip) for clip in clips], every.num_layers
     middle = count // 2
     results = {"last": run(args, every, [count - 1], count - 1, heard, lessons, test),

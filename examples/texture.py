@@ -1,19 +1,21 @@
-"""From a GPT that has only ever read to one that hears how something was said, on two CPU cores in 45 minutes.
+"""From a GPT that has only ever read to one that hears how something was said, on two CPU cores in half an hour.
 
-    python examples/texture.py --out runs/texture           (--minutes 5 for a quick look, --minutes 90 for more)
+    python examples/texture.py --out runs/texture           (--minutes 5 for a quick look, --minutes 60 for more)
 
 1. Describe a corpus: thousands of clips of which everything is known, who speaks, how high, fast and loud, in which manner and
    language, before which background (`omni_adapters.data.texture`).
 2. A small GPT learns from text alone. It reads screenplays of such clips, a word or a direction for each tenth of a second,
    `(silence) tiger (very-quiet) tiger (man) (pause) lemon`, repeats what is said, describes the sound and answers questions.
-3. The clips are spoken and heard at two speeds by a frozen encoder, log-mel unless --encoder names a pretrained one.
+3. The clips are spoken at two speeds. A small encoder learns to hear them, words by CTC and texture by tags, without any GPT, and
+   is frozen (`omni_adapters.encoders.conv`); --encoder names a pretrained one instead.
 4. Stage 1: the GPT frozen, a projector learns to stand in for the screenplay.
 5. Stage 2: LoRA on the GPT and the projector learn together.
 6. AudioBench-mini: 200 questions about voices and sentences never heard, beside another clip's sound, silence, the transcript,
    and a speech recogniser in front of the same GPT.
 
-Writes DIR/{gpt/, adapter.safetensors, loss.png, metrics.json, audiobench-mini.json, audiobench-mini.png}, and layer_mix.png where
-the encoder gives several layers. The same options give the same GPT, clips and questions; --minutes decides how much is trained.
+Writes DIR/{gpt/, ears/, adapter.safetensors, loss.png, metrics.json, audiobench-mini.json, audiobench-mini.png}, and
+layer_mix.png where the encoder gives several layers. The same options give the same GPT, clips and questions; --minutes decides
+how much is trained.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ from omni_adapters import Features, OmniGPT, Projector, __version__
 from omni_adapters.data.audio import resample
 from omni_adapters.data.collate import collate
 from omni_adapters.data.texture import DIGITS, VOICES, WORDS, Clip, render
-from omni_adapters.data.texture_lessons import DIRECTIONS, TEXTURE, draw_evenly, notes, screenplay, truths
+from omni_adapters.data.texture_lessons import DIRECTIONS, TEXTURE, draw_evenly, events, notes, screenplay, truths
 from omni_adapters.data.texture_questions import CATEGORIES, ask, vocabulary
+from omni_adapters.encoders.conv import ConvEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.eval import listening_gap
 from omni_adapters.eval import suite as suites
@@ -54,6 +58,7 @@ from omni_adapters.files import write_whole
 from omni_adapters.fingerprints import digest
 from omni_adapters.processes import worker_pool
 from omni_adapters.reference_gpt import GPT, GPTConfig
+from omni_adapters.training.acoustic import UNKNOWN, AcousticHeads
 from omni_adapters.training.hosts import SPECIALS, WordTokenizer, save_reference
 from omni_adapters.training.options import ENCODER_HELP, add_context_option, add_layer_option
 from omni_adapters.training.pictures import draw_layer_mix, draw_stages
@@ -63,28 +68,31 @@ from omni_adapters.training.sources import open_encoder
 
 TRANSCRIBE, DESCRIBE = "what is said", "describe the sound"
 QUESTIONS_AT_ONCE = 4  # on one sound, one after the other
-SLOW = {"speaker": 2, "turns": 2, "contour": 2, "language": 2}  # the last to be heard, asked twice as often
+SLOW = {"contour": 3, "turns": 3, "speaker": 3, "style": 2, "language": 2, "pauses": 2}  # the last to be heard: asked more often
+SHARES = {"contour": 2, "turns": 2, "speaker": 2, "style": 1.5, "language": 1.5}  # and spoken more often
+TAGS = {name: kind.values for name, kind in CATEGORIES.items() if kind.values}
+EVENTS = {name: number for number, name in enumerate([*WORDS, *DIGITS, *DIRECTIONS])}
 LEXICON = [*dict.fromkeys([*vocabulary(), *f"{TRANSCRIBE} {DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]  # words it knows
-MINUTES = 45.0  # what --minutes scales: sizes below are for that
+MINUTES = 30.0  # what --minutes scales: sizes below are for that
 
 
 class Sizes(NamedTuple):
     clips: int       # spoken for training
     read: int        # steps of the GPT on text
+    hear: int        # steps of the encoder on sound
     align: int       # steps of stage 1
     instruct: int    # steps of stage 2
 
     @classmethod
     def for_minutes(cls, minutes: float) -> Sizes:
         share = minutes / MINUTES
-        return cls(max(200, round(15_000 * share)), max(20, round(2200 * share)), max(20, round(400 * share)),
-                   max(20, round(4500 * share)))
+        return cls(max(200, round(12_000 * share)), *(max(20, round(steps * share)) for steps in (1800, 2400, 300, 2200)))
 
 
 # ---- what is taught ----------------------------------------------------------------------------------------------------
 
 
-Drawn = TypeVar("Drawn")
+Drawn, Made = TypeVar("Drawn"), TypeVar("Made")
 
 
 class Turn(NamedTuple):
@@ -256,55 +264,90 @@ def spoken(clips: list[Clip]) -> list[np.ndarray]:
     return [np.round(render(clip) * 32767).astype(np.int16) for clip in clips]
 
 
-def sped(waves: Sequence[np.ndarray], rng: random.Random) -> list[np.ndarray]:
-    """Each played up to 8 % faster or slower, and as much higher or lower: voices that nobody has, in the bins they were in.
+def sped(wave: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Played up to 8 % faster or slower, and as much higher or lower: a voice that nobody has, in the bins it was in.
 
     Speed perturbation: Ko et al. 2015, "Audio augmentation for speech recognition"."""
-    made = []
-    for wave in tqdm(waves, desc="speed", unit="clip"):
-        rate = 100 * round(160 * rng.uniform(0.92, 1.08))  # Hz; a multiple of 100 keeps the resampler's filter short
-        played = resample(wave.astype(np.float32) / 32768, rate, 16_000)
-        made.append(np.round(played * 32767).clip(-32767, 32767).astype(np.int16))
-    return made
+    rate = 100 * round(160 * rng.uniform(0.92, 1.08))  # Hz; a multiple of 100 keeps the resampler's filter short
+    played = resample(wave.astype(np.float32) / 32768, rate, 16_000)
+    return np.round(played * 32767).clip(-32767, 32767).astype(np.int16)
 
 
-def speak_all(clips: Sequence[Clip], workers: int) -> list[np.ndarray]:
-    chunks, waves = [list(clips[first : first + 25]) for first in range(0, len(clips), 25)], list[np.ndarray]()
+def twice(clips: list[Clip]) -> list[tuple[np.ndarray, ...]]:
+    """Each as it is and at another speed, which its words decide; runs in a worker process."""
+    return [(wave, sped(wave, random.Random(clip.text))) for clip, wave in zip(clips, spoken(clips))]
+
+
+def framed(clips: list[Clip]) -> list[tuple[np.ndarray, ...]]:
+    """Both as log-mel and pitch frames (T, 117) float16; runs in a worker process."""
+    torch.set_num_threads(1)
+    frontend = LogMelPitchEncoder()
+    return [tuple(frontend.frames(waveform(wave)).T.half().numpy() for wave in waves) for waves in twice(clips)]
+
+
+def waveform(wave: np.ndarray) -> Tensor:
+    return torch.from_numpy(wave.astype(np.float32) / 32768)
+
+
+def speak_all(clips: Sequence[Clip], workers: int, make: Callable[[list[Clip]], list[Made]]) -> list[Made]:
+    """What `make` (`spoken`, `twice`, `framed`) makes of each clip, in worker processes."""
+    chunks, found = [list(clips[first : first + 25]) for first in range(0, len(clips), 25)], list[Made]()
     with worker_pool(workers) as pool, tqdm(total=len(clips), desc="speak", unit="clip") as bar:
-        for chunk in pool.map(spoken, chunks):
-            waves += chunk
+        for chunk in pool.map(make, chunks):
+            found += chunk
             bar.update(len(chunk))
-    return waves
+    return found
 
 
 @torch.no_grad()
-def hear_all(encoder: AudioEncoder, waves: Sequence[np.ndarray], at_once: int = 16) -> list[Tensor]:
-    """Each clip's frames (T, d) float16, as the encoder's forward gives them, or takes them where it has none but statistics.
+def hear_all(encoder: AudioEncoder, sounds: Sequence[Tensor], prepare: Callable[[list[Tensor]], Features],
+             at_once: int = 32) -> list[Tensor]:
+    """Each clip's features (T, d) float16. `prepare` makes an encoder's inputs of several clips: its own `preprocess` of
+    waveforms, or `padded` of frames that are made already.
 
     Clips of like length are heard together, whatever their order."""
-    frames: list[Tensor] = [torch.empty(0)] * len(waves)
-    order = sorted(range(len(waves)), key=lambda number: len(waves[number]))
+    features: list[Tensor] = [torch.empty(0)] * len(sounds)
+    order = sorted(range(len(sounds)), key=lambda number: len(sounds[number]))
     for first in (bar := tqdm(range(0, len(order), at_once), desc="hear", unit="batch")):
         numbers = order[first : first + at_once]
-        heard = encoder.preprocess([torch.from_numpy(waves[number].astype(np.float32) / 32768) for number in numbers])
-        values, lens = (heard.values.transpose(1, 2), heard.lens) if isinstance(encoder, LogMelEncoder) else encoder(heard)
+        values, lens = encoder(prepare([sounds[number] for number in numbers]))
         for number, row, length in zip(numbers, values, lens.tolist()):
-            frames[number] = row[:length].half()
-        bar.set_postfix(seconds=f"{len(waves[numbers[0]]) / 16000:.1f}")
-    return frames
+            features[number] = row[:length].half()
+        bar.set_postfix(length=len(sounds[numbers[0]]))
+    return features
 
 
-def given(omni: OmniGPT, frames: Sequence[Tensor]) -> dict[str, Features]:
-    """Frames as OmniGPT takes them: a log-mel's are its inputs, which it normalises, all others are features."""
-    padded = pad_rows([row.float() for row in frames])
-    if isinstance(omni.encoder, LogMelEncoder):
-        return {"audio_inputs": Features(padded.values.transpose(1, 2), padded.lens)}
-    return {"audio_features": padded}
+def padded(frames: Sequence[Tensor]) -> Features:
+    """Frames (T, d) as a frontend gives them: values (B, d, T), lens."""
+    values, lens = pad_rows([row.float() for row in frames])
+    return Features(values.transpose(1, 2), lens)
+
+
+def learn_to_hear(encoder: ConvEncoder, lessons: Sequence[Lesson], heard: Sequence[Sequence[Tensor]], steps: int, rows: int,
+                  lr: float, seed: int) -> list[float]:
+    """Words, beeps and changes of voice by CTC, and each category that has values as a tag. heard: frames at each speed."""
+    rng = random.Random(seed)
+    encoder.frontend.fit_statistics(padded([row]) for row in heard[0][:500])
+    heads = AcousticHeads(encoder.d_model, len(EVENTS), {name: len(values) for name, values in TAGS.items()})
+    order = [[EVENTS[name] for name in events(lesson.clip)] for lesson in lessons]
+    tags = {name: torch.tensor([values.index(lesson.clip.labels[name]) if name in lesson.clip.labels else UNKNOWN
+                                for lesson in lessons]) for name, values in TAGS.items()}
+    drawing = Drawing(lessons, rng)
+    drawn = batches(lambda: drawing()[0], lambda number: len(heard[0][number]), rows, rng)
+
+    def loss(step: int) -> Tensor:
+        numbers = next(drawn)
+        features = encoder(padded([rng.choice(heard)[number] for number in numbers]))
+        return heads.loss(features, [order[number] for number in numbers], {name: tag[numbers] for name, tag in tags.items()},
+                          SLOW, tagging=2.0)
+
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    return train(parameters, loss, steps, lr, "hear", [parameter for parameter in heads.parameters() if parameter.ndim == 2])
 
 
 def listening(omni: OmniGPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson], heard: Sequence[Sequence[Tensor]], rows: int,
               seed: int) -> Callable[[int], dict[str, Any]]:
-    """step → a batch for OmniGPT: sounds, and a dialogue on each. heard: frames of all clips, once or more."""
+    """step → a batch for OmniGPT: sounds, and a dialogue on each. heard: features of all clips, once or more."""
     rng = random.Random(seed)
     drawing = Drawing(lessons, rng)
 
@@ -320,7 +363,7 @@ def listening(omni: OmniGPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson]
     def batch(step: int) -> dict[str, Any]:
         chosen = next(drawn)
         idx, targets = collate_dialogues([row for _, row in chosen])
-        return {"idx": idx, "targets": targets, **given(omni, [frames for frames, _ in chosen])}
+        return {"idx": idx, "targets": targets, "audio_features": pad_rows([features.float() for features, _ in chosen])}
 
     return batch
 
@@ -331,18 +374,20 @@ def listening(omni: OmniGPT, tokenizer: WordTokenizer, lessons: Sequence[Lesson]
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of everything written")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="how long about on two cores with log-mel; it scales "
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="how long about on two cores; it scales "
                         "clips and steps, not how long the suite takes (default %(default)g)")
-    parser.add_argument("--encoder", default="log_mel", help=ENCODER_HELP)
+    parser.add_argument("--encoder", help=f"instead of a small one that is trained here: {ENCODER_HELP}")
     add_context_option(parser)
     add_layer_option(parser)
-    parser.add_argument("--stack", type=int, help="frames joined into one soft token (default: a tenth of a second)")
-    parser.add_argument("--hidden", type=int, default=768, help="width of the projector's hidden layer (default %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="of the small encoder (default %(default)s)")
+    parser.add_argument("--stack", type=int, help="frames joined into one soft token (default: 0.12 s)")
+    parser.add_argument("--hidden", type=int, default=384, help="width of the projector's hidden layer (default %(default)s)")
     parser.add_argument("--rank", type=int, default=32, help="of LoRA (default %(default)s)")
     parser.add_argument("--n-layer", type=int, default=4, help="of the GPT (default %(default)s)")
     parser.add_argument("--n-embd", type=int, default=128, help="a multiple of 32 (default %(default)s)")
     parser.add_argument("--rows", type=int, default=32, help="of a batch (default %(default)s)")
     parser.add_argument("--read-lr", type=float, default=0.02, help="highest rate of Muon on text (default %(default)s)")
+    parser.add_argument("--hear-lr", type=float, default=0.02, help="of the encoder (default %(default)s)")
     parser.add_argument("--align-lr", type=float, default=0.02, help="of stage 1 (default %(default)s)")
     parser.add_argument("--instruct-lr", type=float, default=0.005, help="of stage 2 (default %(default)s)")
     parser.add_argument("--no-cascade", action="store_true", help="without the speech recogniser, the slowest part of the suite")
@@ -352,7 +397,8 @@ def options() -> argparse.ArgumentParser:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if not 0.5 <= args.minutes <= 10_000 or args.n_embd % 32 or min(args.n_embd, args.n_layer, args.rows, args.workers) < 1:
+    sizes = args.n_embd, args.n_layer, args.width, args.rows, args.workers
+    if not 0.5 <= args.minutes <= 10_000 or args.n_embd % 32 or min(sizes) < 1:
         parser.error("--minutes is from 0.5 to 10,000, --n-embd a multiple of 32, all other numbers at least 1")
 
 
@@ -364,9 +410,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    encoder = open_encoder(args.encoder, context=args.context, layer=args.layer)
+    given = None if args.encoder is None else open_encoder(args.encoder, context=args.context, layer=args.layer)
 
-    clips = draw_evenly(sizes.clips, rng, VOICES["train"])
+    clips = draw_evenly(sizes.clips, rng, VOICES["train"], shares=SHARES)
     lessons = [Lesson.of(clip) for clip in clips]
     tokenizer = WordTokenizer(LEXICON)
     gpt = build_gpt(len(tokenizer.tokens), args.n_layer, args.n_embd)
@@ -374,12 +420,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save_reference(args.out / "gpt", gpt, LEXICON)
     before = digest(gpt.state_dict())
 
-    waves = speak_all(clips, args.workers)
-    frames = hear_all(encoder, waves)
-    heard = [frames, hear_all(encoder, sped(waves, rng))]
-    if isinstance(encoder, LogMelEncoder):
-        encoder.fit_statistics([Features(row.float().T.unsqueeze(0), torch.tensor([len(row)])) for row in frames[:500]])
-    stack = args.stack or max(1, round(0.1 * encoder.frame_rate))
+    if given is None:
+        made = speak_all(clips, args.workers, framed)
+        frames = [[torch.from_numpy(each[speed]) for each in made] for speed in (0, 1)]
+        ears = ConvEncoder(args.width)
+        losses["the encoder, without any GPT"] = learn_to_hear(ears, lessons, frames, sizes.hear, args.rows, args.hear_lr,
+                                                               args.seed)
+        ears.save(args.out / "ears")
+        encoder: AudioEncoder = ConvEncoder.load(args.out / "ears")
+        heard = [hear_all(encoder, each, padded) for each in frames]
+    else:
+        encoder, waves = given, speak_all(clips, args.workers, twice)
+        sounds = [[waveform(each[speed]) for each in waves] for speed in (0, 1)]
+        if isinstance(encoder, LogMelEncoder):
+            encoder.fit_statistics(encoder.preprocess(sounds[0][:500]))
+        heard = [hear_all(encoder, each, encoder.preprocess) for each in sounds]
+    stack = args.stack or max(1, round(0.12 * encoder.frame_rate))
     projector = Projector(encoder.d_model, args.n_embd, args.hidden, stack=stack, zero_init=False,
                           num_layers=getattr(encoder, "num_layers", 1))
     omni = OmniGPT(gpt, (encoder, projector), insert_at=2)

@@ -49,14 +49,16 @@ DIRECTIONS = sorted({direction(value) for name in (*STREWN, "contour", "tone", "
                     | {direction(word) for word in ("man", "woman", "turn", "pause", "beep", "silence")})
 
 
-def draw_evenly(count: int, rng: random.Random, variants: Sequence[str], *, sentences: str = "train") -> list[Clip]:
-    """Clips as `texture.draw` makes them, each about the category of which fewest have been drawn so far.
+def draw_evenly(count: int, rng: random.Random, variants: Sequence[str], *, sentences: str = "train",
+                shares: Mapping[str, float] | None = None) -> list[Clip]:
+    """Clips as `texture.draw` makes them, each about the category of which fewest have been drawn so far, or fewest for its
+    share, which is 1 where `shares` says nothing.
 
     By chance alone one clip in fourteen may be asked about contour, and every other one about pace.
     """
     drawn, clips = dict.fromkeys([*TEXTURE, "word"], 0), list[Clip]()
     while len(clips) < count:
-        name = min(drawn, key=drawn.__getitem__)
+        name = min(drawn, key=lambda name: drawn[name] / (shares or {}).get(name, 1.0))
         clip = draw(rng, variants, sentences=sentences, scene=SCENES.get(name, "sentence"))
         if name in clip.labels:
             clips.append(clip)
@@ -128,6 +130,17 @@ def screenplay(clip: Clip, rng: random.Random, noted: float = 0.35) -> list[str]
         if rng.random() < noted:
             told.insert(rng.randrange(len(told) + 1), f"{name} {value}")
     return " ".join(told).split()
+
+
+def events(clip: Clip) -> list[str]:
+    """What is to be heard one after the other: words, a change of voice, each beep, a tone. Without times."""
+    told: list[str] = []
+    for number, part in enumerate(clip.parts):
+        told += [direction("turn")] * (number > 0 and part.variant != clip.parts[number - 1].variant) + part.words.split()
+    if clip.tones is None:
+        return told
+    tones = [direction(clip.tones.shape)] * (clip.tones.count if clip.tones.shape == "beep" else 1)
+    return told + tones if clip.tones.after else tones + told
 
 
 def notes(clip: Clip, rng: random.Random) -> list[str]:
