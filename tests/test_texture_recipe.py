@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from benchmarks import layers
 from examples import texture
+from omni_adapters import OmniGPT
 from omni_adapters.data.texture import VOICES, Clip, draw
 from omni_adapters.data.texture_questions import AUDIOBENCH_MINI_SHA256, CATEGORIES
-from omni_adapters.training.hosts import SPECIALS, WordTokenizer
+from omni_adapters.eval import suite as suites
+from omni_adapters.training.hosts import SPECIALS, WordTokenizer, open_host
 from tests.tiny_whisper import make_tiny_whisper
 
 SEEDS = st.integers(0, 10_000)
@@ -81,7 +83,7 @@ def test_the_pages_table_is_the_committed_result() -> None:
 
 @pytest.mark.slow
 def test_the_recipe_and_the_layers_run(tmp_path: Path) -> None:
-    sizes = "--minutes 0.5 --rows 4 --n-layer 2 --n-embd 32 --hidden 32 --rank 4 --workers 1 --no-cascade".split()
+    sizes = "--minutes 0.5 --rows 4 --n-layer 2 --n-embd 32 --hidden 32 --width 16 --rank 4 --workers 1 --no-cascade".split()
     texture.main(["--out", str(tmp_path / "run"), *sizes])
     report = json.loads((tmp_path / "run" / "audiobench-mini.json").read_text())
     assert report["num_questions"] == 200 and set(report["per_category"]) == set(CATEGORIES)
@@ -89,6 +91,11 @@ def test_the_recipe_and_the_layers_run(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["lm_unchanged"] and set(metrics["listening_gap"]) == {"stage 1", "stage 2"}
     assert all((tmp_path / "run" / name).is_file() for name in ("adapter.safetensors", "loss.png", "audiobench-mini.png"))
+    gpt, tokenizer = open_host("reference", str(tmp_path / "run" / "gpt"))
+    omni = OmniGPT.load_adapter(tmp_path / "run" / "adapter.safetensors", gpt)  # finds the ears by itself
+    suite = suites.open_suite("audiobench-mini")
+    again = suites.ask(omni, suites.turns_of(omni, tokenizer), suite.questions[:20])
+    assert [one.said for one in again.graded["overall"] if one is not None] == [one["overall"] for one in report["answers"][:20]]
     whisper = make_tiny_whisper(tmp_path / "whisper")
     layers.main(["--encoder", str(whisper), "--gpt", str(tmp_path / "run" / "gpt"), "--context", "clip", "--clips", "12",
                  "--per-category", "1", "--steps", "2", "--rows", "4", "--hidden", "16", "--rank", "2", "--workers", "1",
