@@ -81,6 +81,15 @@ def test_the_pages_table_is_the_committed_result() -> None:
     assert report["questions_sha256"] == AUDIOBENCH_MINI_SHA256 and report["num_questions"] == 200
 
 
+def test_the_pages_layers_are_the_committed_ones() -> None:
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "cpu" / "layers.json").read_text(encoding="utf-8"))["results"]
+    page = (root / "docs" / "texture.md").read_text(encoding="utf-8")
+    for row, name in (("last layer", "last"), ("middle layer (3 of 6)", "middle"), ("learned mix of all seven", "mix")):
+        low, high = results[name]["ci95"]
+        assert f"| {row} | {results[name]['accuracy']:.3f} | {low:.3f} to {high:.3f} |" in page
+
+
 @pytest.mark.slow
 def test_the_recipe_and_the_layers_run(tmp_path: Path) -> None:
     sizes = "--minutes 0.5 --rows 4 --n-layer 2 --n-embd 32 --hidden 32 --width 16 --rank 4 --workers 1 --no-cascade".split()
