@@ -86,7 +86,7 @@ class Sizes(NamedTuple):
     @classmethod
     def for_minutes(cls, minutes: float) -> Sizes:
         share = minutes / MINUTES
-        return cls(max(200, round(12_000 * share)), *(max(20, round(steps * share)) for steps in (1800, 2400, 300, 2200)))
+        return cls(max(200, round(12_000 * share)), *(max(20, round(steps * share)) for steps in (1800, 2400, 300, 2600)))
 
 
 # ---- what is taught ----------------------------------------------------------------------------------------------------
