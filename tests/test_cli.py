@@ -18,8 +18,10 @@ from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.manifest import ManifestRow, write_manifest
 from omni_adapters.data.shards import ShardReader
 from omni_adapters.encoders.log_mel import LogMelEncoder
+from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.fingerprints import describe_encoder
+from omni_adapters.training.sources import open_source
 
 
 @pytest.fixture
@@ -33,19 +35,23 @@ def manifest(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"
 
 
-def test_extract_log_mel(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name, kind", [("log_mel", LogMelEncoder), ("log_mel_pitch", LogMelPitchEncoder)])
+def test_extract_log_mel(name: str, kind: type[LogMelEncoder], manifest: Path, tmp_path: Path,
+                         capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shards"
-    command = ["extract", "--manifest", str(manifest), "--encoder", "log_mel", "--out", str(out), "--samples-per-shard", "2",
+    command = ["extract", "--manifest", str(manifest), "--encoder", name, "--out", str(out), "--samples-per-shard", "2",
                "--dtype", "float32"]
     assert main(command) == 0 and capsys.readouterr().out == f"{out}\n"
     reader = ShardReader(out, verify=True)
-    assert reader.config["description"]["type"] == "LogMelEncoder" and len(reader) == 3
+    assert reader.config["description"]["type"] == kind.__name__ and len(reader) == 3
     heard, rows = reader.load_batch([2, 0, 1])
-    encoder = LogMelEncoder()
+    encoder = kind()
     for row, values, steps in zip(rows, heard.values, heard.lens):
         sound = load_audio(tmp_path / row["audio"], 16_000)
         alone = encoder(encoder.preprocess([sound]))
         assert torch.equal(values[:steps], alone.values[0])
+    inputs, _ = open_source(out, encoder).load_batch([0])
+    assert torch.equal(encoder(inputs).values[0], reader.load_batch([0])[0].values[0])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main(command) == 0 and "already finished" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

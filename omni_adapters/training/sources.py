@@ -90,7 +90,7 @@ class MelShards:
         return len(self.reader)
 
     def load_batch(self, numbers: Sequence[int]) -> Batch:
-        """values (B, 80, T_mel) float32, lens, and B manifest rows."""
+        """values (B, d_model, T_mel) float32, lens, and B manifest rows."""
         (values, lens), rows = self.reader.load_batch(numbers)
         return Features(values.float().transpose(1, 2), lens), rows
 
