@@ -70,7 +70,7 @@ TRANSCRIBE, DESCRIBE = "what is said", "describe the sound"
 QUESTIONS_AT_ONCE = 4  # on one sound, one after the other
 SLOW = {"contour": 3, "turns": 3, "speaker": 3, "style": 2, "language": 2, "pauses": 2}  # the last to be heard: asked more often
 SHARES = {"contour": 2, "turns": 2, "speaker": 2, "style": 1.5, "language": 1.5}  # and spoken more often
-TAGS = {name: kind.values for name, kind in CATEGORIES.items() if kind.values}
+TAGS = {name: CATEGORIES[name].values for name in TEXTURE}
 EVENTS = {name: number for number, name in enumerate([*WORDS, *DIGITS, *DIRECTIONS])}
 LEXICON = [*dict.fromkeys([*vocabulary(), *f"{TRANSCRIBE} {DESCRIBE}".split(), *CATEGORIES, *DIRECTIONS])]  # words it knows
 MINUTES = 30.0  # what --minutes scales: sizes below are for that
@@ -325,7 +325,7 @@ def padded(frames: Sequence[Tensor]) -> Features:
 
 def learn_to_hear(encoder: ConvEncoder, lessons: Sequence[Lesson], heard: Sequence[Sequence[Tensor]], steps: int, rows: int,
                   lr: float, seed: int) -> list[float]:
-    """Words, beeps and changes of voice by CTC, and each category that has values as a tag. heard: frames at each speed."""
+    """Words, beeps and changes of voice by CTC, and each category of texture as a tag. heard: frames at each speed."""
     rng = random.Random(seed)
     encoder.frontend.fit_statistics(padded([row]) for row in heard[0][:500])
     heads = AcousticHeads(encoder.d_model, len(EVENTS), {name: len(values) for name, values in TAGS.items()})
