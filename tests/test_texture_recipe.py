@@ -90,6 +90,15 @@ def test_the_pages_layers_are_the_committed_ones() -> None:
         assert f"| {row} | {results[name]['accuracy']:.3f} | {low:.3f} to {high:.3f} |" in page
 
 
+def test_the_pages_transfer_is_the_committed_one() -> None:
+    root = Path(__file__).parents[1]
+    found = json.loads((root / "benchmarks" / "results" / "cpu" / "transfer.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "texture.md").read_text(encoding="utf-8")
+    for name, steps in found["median_steps_to"].items():
+        row = "first layer copied" if name == "first layer" else name
+        assert f"| {row} | " + " | ".join(f"{count:g}" for count in steps.values()) + " |" in page
+
+
 @pytest.mark.slow
 def test_the_recipe_and_the_layers_run(tmp_path: Path) -> None:
     sizes = "--minutes 0.5 --rows 4 --n-layer 2 --n-embd 32 --hidden 32 --width 16 --rank 4 --workers 1 --no-cascade".split()
