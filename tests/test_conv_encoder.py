@@ -90,12 +90,25 @@ def test_it_is_an_audio_encoder_that_learns_until_it_is_loaded(tmp_path: Path) -
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in encoder.parameters()
                if parameter is not encoder.norm.bias)
     encoder.save(tmp_path / "new" / "ears")
+    assert encoder.source == str(tmp_path / "new" / "ears")
     again = open_encoder(str(tmp_path / "new" / "ears"))
     assert isinstance(again, ConvEncoder) and again.source is not None and not again.training
     assert not any(parameter.requires_grad for parameter in again.parameters())
     inputs = encoder.preprocess([noise(4000)])
     assert torch.equal(again(inputs).values, encoder(inputs).values)
     assert describe_encoder(again)["sha256"] == describe_encoder(encoder)["sha256"] is not None
+
+
+@torch.no_grad()
+def test_in_bfloat16_it_hears_much_the_same(tmp_path: Path) -> None:
+    """Normed features of order 1 after a dozen roundings of 2⁻⁹ each."""
+    encoder = tiny()
+    encoder.save(tmp_path / "ears")
+    half = ConvEncoder.load(tmp_path / "ears", dtype=torch.bfloat16)
+    inputs = encoder.preprocess([noise(4000)])
+    assert half(inputs).values.dtype == torch.bfloat16 and half.frontend.mean.dtype == torch.float32
+    torch.testing.assert_close(half(inputs).values.float(), encoder(inputs).values, rtol=0, atol=0.1)
+    assert AcousticHeads(16, 3, {"style": 2})(half(inputs))[0].dtype == torch.float32
 
 
 def test_an_adapter_finds_it_again(tmp_path: Path) -> None:

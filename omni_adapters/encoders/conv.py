@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
 from omni_adapters.encoders.pretrained import Source, check_names, copies, places, read_object, read_tensors
 from omni_adapters.encoders.weights import fetch_weights
-from omni_adapters.features import Features
+from omni_adapters.features import Features, features_to
 from omni_adapters.files import json_bytes, write_whole
 from omni_adapters.projector_parts import zero_padding
 from omni_adapters.shapes import BadInput
@@ -43,7 +43,8 @@ class ConvEncoder(nn.Module):
     num_blocks: each sees `kernel` frames of 40 ms.
     kernel:     odd.
 
-    Attributes: `source`, None for one that was made here; `d_model` = width. Raises BadInput for other sizes.
+    Attributes: `source`, where it was loaded from or last saved to, None where it was neither; `d_model` = width. Raises BadInput
+    for other sizes.
     """
 
     sampling_rate: int = LogMelPitchEncoder.sampling_rate
@@ -68,8 +69,11 @@ class ConvEncoder(nn.Module):
         return self.frontend.preprocess(waveforms)
 
     def forward(self, inputs: Features) -> Features:
-        """values (B, 117, T) → (B, ⌈T / 4⌉, width), lens → ⌈lens / 4⌉; features beyond lens mean nothing."""
-        values, lens = zero_padding(self.frontend(inputs))
+        """values (B, 117, T) → (B, ⌈T / 4⌉, width), lens → ⌈lens / 4⌉; features beyond lens mean nothing. Inputs move to the
+        weights' device and dtype."""
+        weight = self.norm.weight
+        values, lens = zero_padding(self.frontend(features_to(inputs, weight.device)))
+        values = values.to(weight.dtype)
         for number, conv in enumerate(self.subsample):
             values = conv((F.gelu(values) if number else values).transpose(1, 2)).transpose(1, 2)
             values, lens = zero_padding(Features(values, (lens + 1) // 2))
@@ -78,7 +82,7 @@ class ConvEncoder(nn.Module):
         return Features(self.norm(values), lens)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """config.json and model.safetensors, which `load` reads; the directory is made."""
+        """config.json and model.safetensors, which `load` reads; the directory is made, and is its `source` from then on."""
         from safetensors.torch import save
 
         folder = Path(directory)
@@ -86,6 +90,7 @@ class ConvEncoder(nn.Module):
         write_whole("ConvEncoder.save", folder / "model.safetensors", save({name: tensor.detach().cpu().contiguous()
                                                                            for name, tensor in self.state_dict().items()}))
         write_whole("ConvEncoder.save", folder / "config.json", json_bytes({"model_type": MODEL_TYPE, **self.sizes}))
+        self.source = str(folder)
 
     @classmethod
     def load(cls, source: Source, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ConvEncoder:
@@ -103,7 +108,8 @@ class ConvEncoder(nn.Module):
         check_names("ConvEncoder", directory, encoder.state_dict(), tensors)
         encoder.load_state_dict(copies(tensors, torch.float32))
         encoder.source = found
-        return encoder.to(device or "cpu", dtype or torch.float32).requires_grad_(False).eval()
+        encoder.to(device or "cpu", dtype or torch.float32).frontend.float()  # statistics of sound, which is float32
+        return encoder.requires_grad_(False).eval()
 
 
 class Block(nn.Module):

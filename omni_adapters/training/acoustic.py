@@ -44,7 +44,7 @@ class AcousticHeads(nn.Module):
     def forward(self, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-probabilities of CTC's classes (B, T, num_events + 1), and tag → logits (B, values)."""
         there = valid_steps(features).unsqueeze(-1)
-        heard = torch.where(there, features.values, 0)  # padding may hold anything
+        heard = torch.where(there, features.values, 0).to(self.events.weight.dtype)  # padding may hold anything
         shares = self.attention(heard).masked_fill(~there, -torch.inf).softmax(dim=1)  # (B, T, tags)
         means = torch.einsum("btk,btd->bkd", shares, heard)
         logits = {name: head(means[:, number]) for number, (name, head) in enumerate(zip(self.tags, self.values))}
@@ -63,7 +63,8 @@ class AcousticHeads(nn.Module):
             raise BadInput("AcousticHeads.loss", f"{len(events)} lists of events, tags " + ", ".join(
                 f"{name} {shape(tag.shape)}" for name, tag in tags.items()), f"{len(values)} of each, tags of {list(self.tags)}")
         classes, logits = self(features)
-        found = F.ctc_loss(classes.transpose(0, 1).float(), torch.tensor([one + 1 for row in events for one in row]), lens,
+        found = F.ctc_loss(classes.transpose(0, 1).float(), torch.tensor([one + 1 for row in events for one in row],
+                                                                                 device=values.device), lens,
                            torch.tensor([len(row) for row in events]), blank=BLANK, zero_infinity=True)
         counts = {name: (weights or {}).get(name, 1.0) * (tag != UNKNOWN).sum() for name, tag in tags.items()}
         total = sum(counts.values(), torch.zeros(()))
