@@ -63,9 +63,9 @@ class AcousticHeads(nn.Module):
             raise BadInput("AcousticHeads.loss", f"{len(events)} lists of events, tags " + ", ".join(
                 f"{name} {shape(tag.shape)}" for name, tag in tags.items()), f"{len(values)} of each, tags of {list(self.tags)}")
         classes, logits = self(features)
-        found = F.ctc_loss(classes.transpose(0, 1).float(), torch.tensor([one + 1 for row in events for one in row],
-                                                                                 device=values.device), lens,
-                           torch.tensor([len(row) for row in events]), blank=BLANK, zero_infinity=True)
+        expected = torch.tensor([event + 1 for row in events for event in row], device=values.device)
+        sizes = torch.tensor([len(row) for row in events])
+        found = F.ctc_loss(classes.transpose(0, 1).float(), expected, lens, sizes, blank=BLANK, zero_infinity=True)
         counts = {name: (weights or {}).get(name, 1.0) * (tag != UNKNOWN).sum() for name, tag in tags.items()}
         total = sum(counts.values(), torch.zeros(()))
         losses = [counts[name] / total * F.cross_entropy(logits[name], tag, ignore_index=UNKNOWN)
