@@ -462,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                          training_seconds=round(trained_for, 1), adapter_sha256=digest(omni.trained()))
     print(f"\n{scoreboard(report)}", flush=True)
     write_report(args.out / "audiobench-mini.json", report)
-    draw_stages(losses, args.out / "loss.png")
+    draw_stages(losses, args.out / "loss.png", "nats")
     mix = layer_mix(omni)
     if mix is not None:
         draw_layer_mix(mix, args.out / "layer_mix.png", getattr(encoder, "layers", None))
