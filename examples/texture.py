@@ -185,8 +185,9 @@ def train(parameters: Sequence[Tensor], loss_at: Callable[[int], Tensor], steps:
     apart = {id(table) for table in tables}
     matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 8 and id(p) not in apart]
     others = [p for p in parameters if p.ndim != 2 or min(p.shape) <= 8 or id(p) in apart]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw")]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
     if others:
         optimizers.append(torch.optim.AdamW(others, lr=0.15 * lr, betas=(0.9, 0.98), weight_decay=0.01))
     peaks, losses = [optimizer.param_groups[0]["lr"] for optimizer in optimizers], list[float]()
@@ -397,7 +398,9 @@ def options() -> argparse.ArgumentParser:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    sizes = args.n_embd, args.n_layer, args.width, args.rows, args.workers
+    if args.encoder is None and (args.context != "full" or args.layer is not None):
+        parser.error("--context and --layer are of a pretrained encoder: name it with --encoder")
+    sizes = args.n_embd, args.n_layer, args.width, args.hidden, args.rank, args.rows, args.workers, args.stack or 1
     if not 0.5 <= args.minutes <= 10_000 or args.n_embd % 32 or min(sizes) < 1:
         parser.error("--minutes is from 0.5 to 10,000, --n-embd a multiple of 32, all other numbers at least 1")
 

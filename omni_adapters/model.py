@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,10 @@ Waveforms = Sequence["Tensor | np.ndarray | None"]
 
 ENCODERS: dict[str, Callable[[str | None, torch.dtype, dict[str, Any]], AudioEncoder]] = {
     "LogMelEncoder": lambda source, dtype, settings: LogMelEncoder(),
-    "LogMelPitchEncoder": lambda source, dtype, settings: LogMelPitchEncoder(),
-    "ConvEncoder": lambda source, dtype, settings: ConvEncoder.load(source or "", dtype=dtype),
     "WhisperEncoder": lambda source, dtype, settings: whisper.WhisperEncoder(source, dtype=dtype, **settings),
     "HFSpeechEncoder": lambda source, dtype, settings: hf_speech.HFSpeechEncoder(source or "", dtype=dtype, **settings),
+    "LogMelPitchEncoder": lambda source, dtype, settings: LogMelPitchEncoder(),
+    "ConvEncoder": lambda source, dtype, settings: ConvEncoder.load(source or "", dtype=dtype),
 }
 SETTINGS = {"WhisperEncoder": whisper.SETTINGS, "HFSpeechEncoder": hf_speech.SETTINGS}  # of a description that an encoder takes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -285,6 +286,10 @@ class OmniGPT(nn.Module):
         """
         tensors = {name: whole(tensor) for name, tensor in self.trained().items()}
         description = self.description()
+        ears = description["encoder"]
+        if ears["type"] in ENCODERS and ears["sha256"] is not None and not ears["source"]:
+            raise BadInput("OmniGPT.save_adapter", f"an encoder of type {ears['type']} that was saved nowhere",
+                           "one that the adapter can name", "save it first: omni.encoder.save(directory)")
         on_first_rank(lambda: save_adapter(path, tensors, description))
 
     @classmethod
@@ -303,7 +308,7 @@ class OmniGPT(nn.Module):
         eyes = saved.get("image")
         if eyes is None and image_encoder is not None:
             raise BadInput(where, "an image_encoder for an adapter of ears alone", "none")
-        encoder = build_encoder(where, saved["encoder"]) if encoder is None else encoder
+        encoder = build_encoder(where, saved["encoder"], Path(path).parent) if encoder is None else encoder
         audio = own_copy(encoder), build_projector(where, saved["projector"])
         image = None
         if eyes is not None:
@@ -419,7 +424,8 @@ def own_copy(encoder: Any) -> Any:
     return copy.deepcopy(encoder) if encoder_statistics(encoder) else encoder
 
 
-def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
+def build_encoder(where: str, saved: Mapping[str, Any], beside: Path) -> AudioEncoder:
+    """The encoder that a description names. A folder that is not where it was is looked for by its name in `beside`."""
     if saved["type"] not in ENCODERS:
         raise BadInput(where, f"an adapter trained with {saved['type']}", f"one of {', '.join(ENCODERS)}",
                        "pass the encoder itself: load_adapter(path, gpt, encoder=…)")
@@ -427,7 +433,11 @@ def build_encoder(where: str, saved: Mapping[str, Any]) -> AudioEncoder:
     if name not in DTYPES:
         raise BadInput(where, f"an encoder in {name!r:.40}", f"one in {', '.join(DTYPES)}", "pass the encoder itself")
     settings = {name: saved[name] for name in SETTINGS.get(saved["type"], ()) if name in saved}
-    return ENCODERS[saved["type"]](saved["source"], DTYPES[name], settings)
+    source = saved["source"]
+    if source and not source.startswith(("hf:", "ms:")) and not Path(source).is_dir():
+        neighbour = beside / Path(source).name
+        source = str(neighbour) if neighbour.is_dir() else source
+    return ENCODERS[saved["type"]](source, DTYPES[name], settings)
 
 
 def short_window(gpt: nn.Module) -> int | None:

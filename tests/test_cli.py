@@ -17,10 +17,12 @@ from omni_adapters.cost import cost
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.manifest import ManifestRow, write_manifest
 from omni_adapters.data.shards import ShardReader
+from omni_adapters.encoders.conv import ConvEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
 from omni_adapters.encoders.whisper import WhisperEncoder
 from omni_adapters.fingerprints import describe_encoder
+from omni_adapters.shapes import BadInput
 from omni_adapters.training.sources import open_source
 
 
@@ -55,6 +57,19 @@ def test_extract_log_mel(name: str, kind: type[LogMelEncoder], manifest: Path, t
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main(command) == 0 and "already finished" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_extract_with_ears_of_ones_own(manifest: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = ConvEncoder(width=16, num_blocks=1)
+    encoder.save(tmp_path / "ears")
+    assert main(["extract", "--manifest", str(manifest), "--encoder", str(tmp_path / "ears"), "--out", str(tmp_path / "shards"),
+                 "--dtype", "float32"]) == 0
+    heard, rows = open_source(tmp_path / "shards", ConvEncoder.load(tmp_path / "ears")).load_batch([0])
+    alone = encoder(encoder.preprocess([load_audio(tmp_path / rows[0]["audio"], 16_000)]))
+    torch.testing.assert_close(heard.values, alone.values, rtol=0, atol=1e-5)
+    with pytest.raises(BadInput, match="shards of another encoder"):
+        open_source(tmp_path / "shards", LogMelEncoder())
 
 
 def test_extract_whisper_and_its_fingerprint(manifest: Path, tmp_path: Path) -> None:

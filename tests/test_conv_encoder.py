@@ -14,7 +14,6 @@ from torch import Tensor
 
 from omni_adapters import Features, OmniGPT, Projector
 from omni_adapters.encoders.conv import ConvEncoder
-from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.weights import WeightsUnavailable
 from omni_adapters.fingerprints import describe_encoder
@@ -106,14 +105,45 @@ def test_in_bfloat16_it_hears_much_the_same(tmp_path: Path) -> None:
     encoder.save(tmp_path / "ears")
     half = ConvEncoder.load(tmp_path / "ears", dtype=torch.bfloat16)
     inputs = encoder.preprocess([noise(4000)])
-    assert half(inputs).values.dtype == torch.bfloat16 and half.frontend.mean.dtype == torch.float32
+    assert half(inputs).values.dtype == torch.bfloat16
+    for name in ("mean", "std"):
+        assert torch.equal(getattr(half.frontend, name), getattr(encoder.frontend, name))  # in float32, to the last bit
     torch.testing.assert_close(half(inputs).values.float(), encoder(inputs).values, rtol=0, atol=0.1)
     assert AcousticHeads(16, 3, {"style": 2})(half(inputs))[0].dtype == torch.float32
 
 
+def tiny_gpt() -> GPT:
+    return GPT(GPTConfig(sequence_len=64, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_adapter_in_any_dtype_finds_it_again_wherever_both_are_moved(dtype: torch.dtype, tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny().save("run/ears")
+    gpt, waves, idx = tiny_gpt(), [noise(5000), noise(3000, 1)], torch.tensor([[1, 2], [3, 4]])
+    omni = OmniGPT(gpt, (ConvEncoder.load("run/ears"), Projector(16, 32, stack=3, zero_init=False))).to(dtype)
+    expected = omni(idx, audio=waves)
+    omni.save_adapter("run/adapter.safetensors")
+    omni.remove()
+    Path("run").rename("elsewhere")
+    monkeypatch.chdir("/")
+    again = OmniGPT.load_adapter(tmp_path / "elsewhere" / "adapter.safetensors", gpt)
+    assert torch.equal(again(idx, audio=waves), expected)
+
+
+def test_an_adapter_is_not_saved_without_its_ears(tmp_path: Path) -> None:
+    omni = OmniGPT(tiny_gpt(), (tiny(), Projector(16, 32)))
+    with pytest.raises(BadInput, match=r"saved nowhere.*omni\.encoder\.save"):
+        omni.save_adapter(tmp_path / "adapter.safetensors")
+    assert not list(tmp_path.iterdir())
+    omni.encoder.save(tmp_path / "ears")
+    omni.save_adapter(tmp_path / "adapter.safetensors")
+
+
 def test_an_adapter_finds_it_again(tmp_path: Path) -> None:
     tiny().save(tmp_path / "ears")
-    gpt = GPT(GPTConfig(sequence_len=64, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=32))
+    gpt = tiny_gpt()
     encoder, waves, idx = ConvEncoder.load(tmp_path / "ears"), [noise(5000), noise(3000, 1)], torch.tensor([[1, 2], [3, 4]])
     omni = OmniGPT(gpt, (encoder, Projector(16, 32, stack=3, zero_init=False)))
     expected = omni(idx, audio=waves)
@@ -221,6 +251,18 @@ def test_labels_that_do_not_fit_are_refused(events: list[list[int]], tags: dict[
         AcousticHeads(8, 0, {})
 
 
-def test_its_frontend_is_the_one_that_others_may_use() -> None:
-    encoder, waves = tiny(), [noise(1000)]
-    assert torch.equal(encoder.preprocess(waves).values, LogMelPitchEncoder().preprocess(waves).values)
+@pytest.mark.parametrize("events, tags, weights", [
+    ([[5], [0], [0]], {}, None), ([[-1], [0], [0]], {}, None), ([[10**6], [0], [0]], {}, None),
+    ([[0]] * 3, {"style": torch.tensor([0, 3, 0])}, None), ([[0]] * 3, {"style": torch.tensor([0, -2, 0])}, None),
+    ([[0]] * 3, {"style": torch.tensor([0, 1, 0])}, {"typo": 9.0})])
+def test_labels_out_of_range_are_refused(events: list[list[int]], tags: dict[str, Tensor],
+                                         weights: dict[str, float] | None) -> None:
+    with pytest.raises(BadInput, match=r"AcousticHeads\.loss"):
+        AcousticHeads(8, 5, {"style": 3}).loss(features(), events, tags, weights)
+
+
+def test_a_clip_without_frames_teaches_nothing_and_breaks_nothing() -> None:
+    torch.manual_seed(0)
+    heads, heard = AcousticHeads(8, 5, {"style": 3}), features(lens=(4, 0))
+    heads.loss(heard, [[1], []], {"style": torch.tensor([2, UNKNOWN], dtype=torch.int32)}).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in heads.parameters())

@@ -14,7 +14,7 @@ Notable:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
-from omni_adapters.encoders.pretrained import Source, check_names, copies, places, read_object, read_tensors
+from omni_adapters.encoders.pretrained import REQUIRED_FILES, Source, check_names, copies, places, read_object, read_tensors
 from omni_adapters.encoders.weights import fetch_weights
 from omni_adapters.features import Features, features_to
 from omni_adapters.files import json_bytes, write_whole
+from omni_adapters.lora import keeping_dtype
 from omni_adapters.projector_parts import zero_padding
 from omni_adapters.shapes import BadInput
 
 MODEL_TYPE = "omni_conv"  # in config.json
 KERNEL = 5                # frames that a subsampling convolution sees
 STRIDES = (2, 2)          # 100 Hz → 25 Hz
-WAYS_OUT = "Ways out: pass a directory that ConvEncoder.save wrote, with config.json and model.safetensors."
+WAYS_OUT = "Ways out: pass a directory that ConvEncoder.save wrote, with its config.json, preprocessor_config.json and weights."
 
 
 class ConvEncoder(nn.Module):
@@ -64,6 +65,10 @@ class ConvEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, kernel) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(width)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvEncoder:
+        """Casts leave the frontend's statistics in float32: they are of sound, which is."""
+        return super()._apply(keeping_dtype(fn, (self.frontend.mean, self.frontend.std)), recurse)
+
     def preprocess(self, waveforms: Sequence[Tensor | np.ndarray]) -> Features:
         """16 kHz mono clips → what the frontend makes of them: values (B, 117, max T), lens (B,) in frames of 10 ms."""
         return self.frontend.preprocess(waveforms)
@@ -82,14 +87,17 @@ class ConvEncoder(nn.Module):
         return Features(self.norm(values), lens)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """config.json and model.safetensors, which `load` reads; the directory is made, and is its `source` from then on."""
+        """config.json, preprocessor_config.json and model.safetensors, which `load` reads. The directory is made, and is the
+        encoder's `source` from then on: save again what has been trained on."""
         from safetensors.torch import save
 
-        folder = Path(directory)
+        folder = Path(directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         write_whole("ConvEncoder.save", folder / "model.safetensors", save({name: tensor.detach().cpu().contiguous()
                                                                            for name, tensor in self.state_dict().items()}))
         write_whole("ConvEncoder.save", folder / "config.json", json_bytes({"model_type": MODEL_TYPE, **self.sizes}))
+        write_whole("ConvEncoder.save", folder / "preprocessor_config.json", json_bytes({
+            "feature_extractor_type": type(self.frontend).__name__, "sampling_rate": self.sampling_rate}))
         self.source = str(folder)
 
     @classmethod
@@ -98,7 +106,7 @@ class ConvEncoder(nn.Module):
 
         Raises WeightsUnavailable when no place has it, BadInput when what is there is no such encoder.
         """
-        directory, found = fetch_weights("ConvEncoder", places("ConvEncoder", source), todo=WAYS_OUT)
+        directory, found = fetch_weights("ConvEncoder", places("ConvEncoder", source), REQUIRED_FILES, WAYS_OUT)
         config = read_object("ConvEncoder", directory / "config.json")
         if config.pop("model_type", None) != MODEL_TYPE or config.keys() - {"width", "num_blocks", "kernel"}:
             raise BadInput("ConvEncoder", f"{directory / 'config.json'} of something else",
@@ -108,8 +116,7 @@ class ConvEncoder(nn.Module):
         check_names("ConvEncoder", directory, encoder.state_dict(), tensors)
         encoder.load_state_dict(copies(tensors, torch.float32))
         encoder.source = found
-        encoder.to(device or "cpu", dtype or torch.float32).frontend.float()  # statistics of sound, which is float32
-        return encoder.requires_grad_(False).eval()
+        return encoder.to(device or "cpu", dtype or torch.float32).requires_grad_(False).eval()
 
 
 class Block(nn.Module):

@@ -45,7 +45,8 @@ class AcousticHeads(nn.Module):
         """Log-probabilities of CTC's classes (B, T, num_events + 1), and tag → logits (B, values)."""
         there = valid_steps(features).unsqueeze(-1)
         heard = torch.where(there, features.values, 0).to(self.events.weight.dtype)  # padding may hold anything
-        shares = self.attention(heard).masked_fill(~there, -torch.inf).softmax(dim=1)  # (B, T, tags)
+        scores = self.attention(heard)
+        shares = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(dim=1)  # (B, T, tags), of no frames too
         means = torch.einsum("btk,btd->bkd", shares, heard)
         logits = {name: head(means[:, number]) for number, (name, head) in enumerate(zip(self.tags, self.values))}
         return self.events(heard).log_softmax(-1), logits
@@ -54,20 +55,36 @@ class AcousticHeads(nn.Module):
              weights: Mapping[str, float] | None = None, tagging: float = 1.0) -> Tensor:
         """CTC's, nats an event, and `tagging` times the mean cross-entropy of the tags that are known, in nats.
 
-        events:  of each clip, in order; one that is too short for its events is left out.
-        tags:    name → (B,) values, `UNKNOWN` where they are.
+        events:  of each clip, in order; a clip that is too short for its events counts as 0.
+        tags:    name → (B,) integers, `UNKNOWN` where they are.
         weights: name → how much a tag counts, by default 1.
+
+        Raises BadInput for others than `num_events` and `tags` allow: out of range, ctc_loss reads beyond its memory.
         """
         values, lens = features
-        if len(events) != len(values) or any(name not in self.tags or tag.shape != lens.shape for name, tag in tags.items()):
-            raise BadInput("AcousticHeads.loss", f"{len(events)} lists of events, tags " + ", ".join(
-                f"{name} {shape(tag.shape)}" for name, tag in tags.items()), f"{len(values)} of each, tags of {list(self.tags)}")
+        self.check(len(values), events, tags, weights or {})
         classes, logits = self(features)
         expected = torch.tensor([event + 1 for row in events for event in row], device=values.device)
         sizes = torch.tensor([len(row) for row in events])
         found = F.ctc_loss(classes.transpose(0, 1).float(), expected, lens, sizes, blank=BLANK, zero_infinity=True)
         counts = {name: (weights or {}).get(name, 1.0) * (tag != UNKNOWN).sum() for name, tag in tags.items()}
         total = sum(counts.values(), torch.zeros(()))
-        losses = [counts[name] / total * F.cross_entropy(logits[name], tag, ignore_index=UNKNOWN)
+        losses = [counts[name] / total * F.cross_entropy(logits[name], tag.long(), ignore_index=UNKNOWN)
                   for name, tag in tags.items() if counts[name]]
         return found + tagging * torch.stack(losses).sum() if losses else found
+
+    def check(self, num_clips: int, events: Sequence[Sequence[int]], tags: Mapping[str, Tensor],
+              weights: Mapping[str, float]) -> None:
+        unknown = [name for name in (*tags, *weights) if name not in self.tags]
+        if unknown or len(events) != num_clips or any(tag.shape != (num_clips,) for tag in tags.values()):
+            raise BadInput("AcousticHeads.loss", f"{len(events)} lists of events, tags " + ", ".join(
+                [f"{name} {shape(tag.shape)}" for name, tag in tags.items()] + [f"{name}?" for name in unknown]),
+                f"{num_clips} of each, tags of {list(self.tags)}")
+        top = self.events.out_features - 1
+        wrong = [event for row in events for event in row if not 0 <= event < top]
+        if wrong:
+            raise BadInput("AcousticHeads.loss", f"event {wrong[0]}", f"0 to {top - 1}")
+        for name, tag in tags.items():
+            if num_clips and not UNKNOWN <= int(tag.min()) <= int(tag.max()) < self.tags[name]:
+                raise BadInput("AcousticHeads.loss", f"tag {name} from {int(tag.min())} to {int(tag.max())}",
+                               f"0 to {self.tags[name] - 1}, or {UNKNOWN} where it is not known")

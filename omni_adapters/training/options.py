@@ -14,7 +14,8 @@ from omni_adapters.projector_parts import ACTIVATIONS
 from omni_adapters.shapes import BadInput
 from omni_adapters.training.trackers import OPENERS
 
-ENCODER_HELP = "log_mel, log_mel_pitch, or a Whisper, wav2vec2, HuBERT, WavLM or w2v-BERT 2.0: a directory, an id, hf:id or ms:id"
+ENCODER_HELP = ("log_mel, log_mel_pitch, or a Whisper, wav2vec2, HuBERT, WavLM, w2v-BERT 2.0 or ConvEncoder: a directory, an id, "
+                "hf:id or ms:id")
 # Options that may change when a run is resumed: they decide where and how fast it goes, not what comes out.
 FREE = {"out", "device", "engine", "workers", "track", "save_every", "keep", "push", "adapter"}
 # Options that decide nothing at these values: a run's record leaves them out, so one made without them can go on.

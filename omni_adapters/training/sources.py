@@ -18,7 +18,7 @@ from omni_adapters.encoders import conv
 from omni_adapters.encoders.hf_speech import FAMILIES, HFSpeechEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
-from omni_adapters.encoders.pretrained import WAYS_OUT, Layer, read_object
+from omni_adapters.encoders.pretrained import REQUIRED_FILES, WAYS_OUT, Layer, read_object
 from omni_adapters.encoders.protocol import AudioEncoder
 from omni_adapters.encoders.weights import fetch_weights
 from omni_adapters.encoders.whisper import Context, WhisperEncoder
@@ -51,8 +51,17 @@ def open_encoder(name: str, device: torch.device | str = "cpu", context: Context
 def model_type(name: str) -> str:
     """What config.json calls the checkpoint; its files are fetched if need be, once for this and for the encoder, which is the
     one to hash them."""
-    directory, _ = fetch_weights("WhisperEncoder or HFSpeechEncoder", [name], ("config.json",), WAYS_OUT, verify=False)
-    found = read_object("open_encoder", directory / "config.json").get("model_type")
+
+    def config(verify: bool) -> dict[str, Any]:
+        directory, _ = fetch_weights("WhisperEncoder, HFSpeechEncoder or ConvEncoder", [name], REQUIRED_FILES, WAYS_OUT,
+                                     verify=verify)
+        return read_object("open_encoder", directory / "config.json") | {"directory": directory}
+
+    try:
+        read = config(verify=False)
+    except BadInput:  # damaged: what is hashed is fetched again
+        read = config(verify=True)
+    found, directory = read.get("model_type"), read["directory"]
     if found not in (known := ["whisper", *FAMILIES, conv.MODEL_TYPE]):
         raise BadInput("open_encoder", f"a checkpoint of type {found!r:.60} in {directory}",
                        f"model_type {', '.join(map(repr, known))}")
