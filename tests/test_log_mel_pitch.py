@@ -36,7 +36,7 @@ def noise(num_samples: int, seed: int = 0) -> Tensor:
 
 def plain_pitchgram(samples: np.ndarray, frames: int) -> np.ndarray:
     """The equation in float64: a transform written out at each frequency, one frame after another."""
-    padded = np.pad(samples.astype(np.float64), 512, mode="reflect")  # its mean is 0 but for the zeros behind it
+    padded = np.pad(samples.astype(np.float64), 512, mode="reflect")
     window = np.zeros(1024)
     window[192:832] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(640) / 640)
     frequencies = np.arange(1, 129) * RATE / 1024
@@ -46,12 +46,12 @@ def plain_pitchgram(samples: np.ndarray, frames: int) -> np.ndarray:
     return (waves @ magnitudes) / magnitudes.sum(axis=0)
 
 
-@pytest.mark.parametrize("num_samples", [2, 160, 161, 640, 641, 5000])
+@pytest.mark.parametrize("num_samples", [1, 160, 161, 640, 641, 5000])
 def test_equals_the_equation(num_samples: int) -> None:
     """Noise has no empty bins: float32 is good to 1e-5 of each magnitude, hence of each mean of cosines."""
     samples, frames = noise(num_samples), -(-num_samples // 160)
     whole = np.zeros(160 * max(frames, 4), np.float32)
-    whole[:num_samples] = samples - samples.mean()
+    whole[:num_samples] = samples
     got = pitchgram(samples)
     assert got.shape == (N_HEIGHTS, frames) and got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), plain_pitchgram(whole, frames), rtol=0, atol=1e-5)
@@ -82,13 +82,9 @@ def test_noise_is_near_zero_and_silence_is_zero() -> None:
     """|X|^(2/3) of noise varies by 0.36 of its mean; some 40 of 128 bins are independent, as a window's main lobe is three wide:
     a weighted mean of cosines has a deviation of 0.36 √(1 / 80) = 0.04, and a mean size of 0.03."""
     assert pitchgram(noise(8000))[:, 5:45].abs().mean() < 0.06
-    assert not pitchgram(torch.zeros(1600)).any() and not pitchgram(torch.ones(1)).any()
-
-
-def test_a_microphones_offset_is_no_voice() -> None:
-    assert pitchgram(torch.full((16_000,), 0.25)).abs().max() < 1e-3  # 0.25 is a sum of powers of two: its mean is itself
-    quiet = voice(150.0)
-    torch.testing.assert_close(pitchgram(quiet + 0.25), pitchgram(quiet), rtol=0, atol=1e-4)
+    assert not pitchgram(torch.zeros(1600)).any()
+    spoken = torch.cat([voice(150.0) + 0.01, torch.zeros(8000)])  # a pause stays silent, whatever the voice's mean is
+    assert not pitchgram(spoken)[:, 54:].any()
 
 
 @settings(max_examples=30, deadline=None)

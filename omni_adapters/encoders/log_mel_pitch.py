@@ -44,11 +44,11 @@ def pitchgram(samples: Tensor) -> Tensor:
 
         r[h] = Σ_f |X_f|^(2/3) cos(2π f / h) / Σ_f |X_f|^(2/3),  f from 15.6 to 2000 Hz
 
-    A voice at 120 Hz has its peak at h = 120, and lower ones at 60 and below; noise stays near 0, silence is 0. The clip's mean
-    is taken away first: a microphone's offset would look like a voice wherever nobody speaks.
+    A voice at 120 Hz has its peak at h = 120, and lower ones at 60 and below; noise stays near 0, digital silence is 0. A
+    microphone's offset looks like a high voice where nobody speaks. Taking a clip's mean away would only move that: silence
+    would then have the offset.
     """
     frames = num_mel_frames(samples.numel())
-    samples = samples - samples.mean()
     whole = F.pad(samples, (0, max(frames, N_FFT // 2 // HOP_LENGTH + 1) * HOP_LENGTH - samples.numel()))
     window = torch.hann_window(WINDOW, dtype=samples.dtype, device=samples.device)
     spectrum = torch.stft(whole, N_FFT, HOP_LENGTH, WINDOW, window, pad_mode="reflect", return_complex=True)
