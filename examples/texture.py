@@ -270,7 +270,7 @@ def sped(wave: np.ndarray, rng: random.Random) -> np.ndarray:
 
     Speed perturbation: Ko et al. 2015, "Audio augmentation for speech recognition"."""
     rate = 100 * round(160 * rng.uniform(0.92, 1.08))  # Hz; a multiple of 100 keeps the resampler's filter short
-    played = resample(wave.astype(np.float32) / 32768, rate, 16_000)
+    played = resample(waveform(wave).numpy(), rate, 16_000)
     return np.round(played * 32767).clip(-32767, 32767).astype(np.int16)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder
-from omni_adapters.encoders.pretrained import REQUIRED_FILES, Source, check_names, copies, places, read_object, read_tensors
+from omni_adapters.encoders.pretrained import REQUIRED_FILES, Source, check_names, places, read_object, read_tensors
 from omni_adapters.encoders.weights import fetch_weights
 from omni_adapters.features import Features, features_to
 from omni_adapters.files import json_bytes, write_whole
@@ -33,7 +34,7 @@ from omni_adapters.shapes import BadInput
 
 MODEL_TYPE = "omni_conv"  # in config.json
 KERNEL = 5                # frames that a subsampling convolution sees
-STRIDES = (2, 2)          # 100 Hz → 25 Hz
+STRIDE = 2                # of each of the two: 100 Hz → 25 Hz
 WAYS_OUT = "Ways out: pass a directory that ConvEncoder.save wrote, with its config.json, preprocessor_config.json and weights."
 
 
@@ -49,7 +50,7 @@ class ConvEncoder(nn.Module):
     """
 
     sampling_rate: int = LogMelPitchEncoder.sampling_rate
-    frame_rate: float = LogMelPitchEncoder.frame_rate / 4
+    frame_rate: float = LogMelPitchEncoder.frame_rate / STRIDE**2
 
     def __init__(self, width: int = 128, num_blocks: int = 4, kernel: int = 9) -> None:
         super().__init__()
@@ -60,8 +61,8 @@ class ConvEncoder(nn.Module):
         self.sizes, self.d_model = sizes, width
         self.source: str | None = None
         self.frontend = LogMelPitchEncoder()
-        self.subsample = nn.ModuleList([nn.Conv1d(self.frontend.d_model, 3 * width // 4 or 1, KERNEL, STRIDES[0], KERNEL // 2),
-                                        nn.Conv1d(3 * width // 4 or 1, width, KERNEL, STRIDES[1], KERNEL // 2)])
+        widths = self.frontend.d_model, 3 * width // 4 or 1, width
+        self.subsample = nn.ModuleList(nn.Conv1d(*pair, KERNEL, STRIDE, KERNEL // 2) for pair in pairwise(widths))
         self.blocks = nn.ModuleList(Block(width, kernel) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(width)
 
@@ -81,7 +82,7 @@ class ConvEncoder(nn.Module):
         values = values.to(weight.dtype)
         for number, conv in enumerate(self.subsample):
             values = conv((F.gelu(values) if number else values).transpose(1, 2)).transpose(1, 2)
-            values, lens = zero_padding(Features(values, (lens + 1) // 2))
+            values, lens = zero_padding(Features(values, (lens + STRIDE - 1) // STRIDE))
         for block in self.blocks:
             values = zero_padding(Features(block(values), lens)).values
         return Features(self.norm(values), lens)
@@ -93,11 +94,12 @@ class ConvEncoder(nn.Module):
 
         folder = Path(directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole("ConvEncoder.save", folder / "model.safetensors", save({name: tensor.detach().cpu().contiguous()
-                                                                           for name, tensor in self.state_dict().items()}))
-        write_whole("ConvEncoder.save", folder / "config.json", json_bytes({"model_type": MODEL_TYPE, **self.sizes}))
-        write_whole("ConvEncoder.save", folder / "preprocessor_config.json", json_bytes({
-            "feature_extractor_type": type(self.frontend).__name__, "sampling_rate": self.sampling_rate}))
+        files = {"model.safetensors": save({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}),
+                 "config.json": json_bytes({"model_type": MODEL_TYPE, **self.sizes}),
+                 "preprocessor_config.json": json_bytes({"feature_extractor_type": type(self.frontend).__name__,
+                                                         "sampling_rate": self.sampling_rate})}
+        for name, content in files.items():
+            write_whole("ConvEncoder.save", folder / name, content)
         self.source = str(folder)
 
     @classmethod
@@ -114,7 +116,7 @@ class ConvEncoder(nn.Module):
         encoder = cls(**config)
         tensors = read_tensors("ConvEncoder", directory, lambda name: name)
         check_names("ConvEncoder", directory, encoder.state_dict(), tensors)
-        encoder.load_state_dict(copies(tensors, torch.float32))
+        encoder.load_state_dict(tensors)
         encoder.source = found
         return encoder.to(device or "cpu", dtype or torch.float32).requires_grad_(False).eval()
 

@@ -62,19 +62,21 @@ class AcousticHeads(nn.Module):
         Raises BadInput for others than `num_events` and `tags` allow: out of range, ctc_loss reads beyond its memory.
         """
         values, lens = features
-        self.check(len(values), events, tags, weights or {})
+        weights = weights or {}
+        known = self.known(len(values), events, tags, weights)
         classes, logits = self(features)
         expected = torch.tensor([event + 1 for row in events for event in row], device=values.device)
         sizes = torch.tensor([len(row) for row in events])
         found = F.ctc_loss(classes.transpose(0, 1).float(), expected, lens, sizes, blank=BLANK, zero_infinity=True)
-        counts = {name: (weights or {}).get(name, 1.0) * (tag != UNKNOWN).sum() for name, tag in tags.items()}
-        total = sum(counts.values(), torch.zeros(()))
+        counts = {name: weights.get(name, 1.0) * number for name, number in known.items()}
+        total = sum(counts.values())
         losses = [counts[name] / total * F.cross_entropy(logits[name], tag.long(), ignore_index=UNKNOWN)
                   for name, tag in tags.items() if counts[name]]
         return found + tagging * torch.stack(losses).sum() if losses else found
 
-    def check(self, num_clips: int, events: Sequence[Sequence[int]], tags: Mapping[str, Tensor],
-              weights: Mapping[str, float]) -> None:
+    def known(self, num_clips: int, events: Sequence[Sequence[int]], tags: Mapping[str, Tensor],
+              weights: Mapping[str, float]) -> dict[str, int]:
+        """Name → of how many clips the tag is known; refuses what does not fit. Tags come from their device once."""
         unknown = [name for name in (*tags, *weights) if name not in self.tags]
         if unknown or len(events) != num_clips or any(tag.shape != (num_clips,) for tag in tags.values()):
             raise BadInput("AcousticHeads.loss", f"{len(events)} lists of events, tags " + ", ".join(
@@ -84,7 +86,9 @@ class AcousticHeads(nn.Module):
         wrong = [event for row in events for event in row if not 0 <= event < top]
         if wrong:
             raise BadInput("AcousticHeads.loss", f"event {wrong[0]}", f"0 to {top - 1}")
-        for name, tag in tags.items():
-            if num_clips and not UNKNOWN <= int(tag.min()) <= int(tag.max()) < self.tags[name]:
-                raise BadInput("AcousticHeads.loss", f"tag {name} from {int(tag.min())} to {int(tag.max())}",
+        found = dict(zip(tags, torch.stack([*tags.values()]).tolist())) if tags else {}
+        for name, values in found.items():
+            if values and not UNKNOWN <= min(values) <= max(values) < self.tags[name]:
+                raise BadInput("AcousticHeads.loss", f"tag {name} from {min(values)} to {max(values)}",
                                f"0 to {self.tags[name] - 1}, or {UNKNOWN} where it is not known")
+        return {name: len(values) - values.count(UNKNOWN) for name, values in found.items()}

@@ -41,27 +41,28 @@ def open_encoder(name: str, device: torch.device | str = "cpu", context: Context
         return WhisperEncoder(name, device=device, context=context, layer=layer)
     if context != "full":
         raise BadInput("open_encoder", f"{kind} with context {context!r}", "a Whisper", "leave --context out")
-    if kind not in WEIGHTLESS and kind != conv.MODEL_TYPE:
+    if kind in FAMILIES:
         return HFSpeechEncoder(name, device=device, layer=layer)
     if layer is not None:
         raise BadInput("open_encoder", f"{kind} with layer {layer!r:.40}", "an encoder with layers", "leave --layer out")
-    return conv.ConvEncoder.load(name, device=device) if kind == conv.MODEL_TYPE else WEIGHTLESS[kind]().to(device)
+    if kind == conv.MODEL_TYPE:
+        return conv.ConvEncoder.load(name, device=device)
+    return WEIGHTLESS[kind]().to(device)
 
 
 def model_type(name: str) -> str:
     """What config.json calls the checkpoint; its files are fetched if need be, once for this and for the encoder, which is the
     one to hash them."""
 
-    def config(verify: bool) -> dict[str, Any]:
+    def read(verify: bool) -> tuple[Path, Any]:
         directory, _ = fetch_weights("WhisperEncoder, HFSpeechEncoder or ConvEncoder", [name], REQUIRED_FILES, WAYS_OUT,
                                      verify=verify)
-        return read_object("open_encoder", directory / "config.json") | {"directory": directory}
+        return directory, read_object("open_encoder", directory / "config.json").get("model_type")
 
     try:
-        read = config(verify=False)
+        directory, found = read(verify=False)
     except BadInput:  # damaged: what is hashed is fetched again
-        read = config(verify=True)
-    found, directory = read.get("model_type"), read["directory"]
+        directory, found = read(verify=True)
     if found not in (known := ["whisper", *FAMILIES, conv.MODEL_TYPE]):
         raise BadInput("open_encoder", f"a checkpoint of type {found!r:.60} in {directory}",
                        f"model_type {', '.join(map(repr, known))}")
