@@ -42,9 +42,10 @@ from tqdm import tqdm
 from omni_adapters import Features, OmniGPT, Projector, __version__
 from omni_adapters.data.audio import resample
 from omni_adapters.data.collate import collate
-from omni_adapters.data.texture import DIGITS, VOICES, WORDS, Clip, render
+from omni_adapters.data.texture import DIGITS, VOICES, WORDS, Clip
 from omni_adapters.data.texture_lessons import DIRECTIONS, TEXTURE, draw_evenly, events, notes, screenplay, truths
 from omni_adapters.data.texture_questions import CATEGORIES, ask, vocabulary
+from omni_adapters.data.texture_sound import render
 from omni_adapters.encoders.conv import ConvEncoder
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.encoders.log_mel_pitch import LogMelPitchEncoder

@@ -12,8 +12,8 @@ import pytest
 
 from omni_adapters.data.audio import save_audio
 from omni_adapters.data.questions import Question, read_questions
-from omni_adapters.data.texture import render
 from omni_adapters.data.texture_questions import audiobench_mini_path
+from omni_adapters.data.texture_sound import render
 from omni_adapters.eval.public import read_audiobench, read_mmau
 from omni_adapters.eval.suite import open_suite
 from omni_adapters.shapes import BadInput

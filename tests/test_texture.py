@@ -45,11 +45,10 @@ from omni_adapters.data.texture import (
     Clip,
     Part,
     draw,
-    render,
-    say,
     sentence_set,
 )
 from omni_adapters.data.texture_corpus import DEFAULT_SPEC, check_spec, clip_of, clips_of, record, speak_corpus
+from omni_adapters.data.texture_sound import render, say
 from omni_adapters.shapes import BadInput
 
 RATE = 16_000
@@ -188,7 +187,8 @@ def test_rendering_is_deterministic_and_never_clips() -> None:
     for clip, made in zip(clips, sound):
         assert made.dtype == np.float32 and made.ndim == 1 and np.abs(made).max() < 1 and len(made) > RATE / 2
         assert np.array_equal(made, render(Clip.from_values(clip.values())))
-    script = "import sys, json; from omni_adapters.data.texture import Clip, render\n" \
+    script = "import sys, json; from omni_adapters.data.texture import Clip\n" \
+             "from omni_adapters.data.texture_sound import render\n" \
              "for line in sys.stdin: sys.stdout.buffer.write(render(Clip.from_values(json.loads(line))).tobytes())"
     lines = "".join(json.dumps(clip.values()) + "\n" for clip in clips[:6]).encode()
     elsewhere = subprocess.run([sys.executable, "-c", script], input=lines, capture_output=True, check=True).stdout

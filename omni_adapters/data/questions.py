@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from omni_adapters.data.audio import Waveform, load_audio, resample
 from omni_adapters.data.sounds import SAMPLING_RATE
-from omni_adapters.data.texture import Clip, render
+from omni_adapters.data.texture import Clip
+from omni_adapters.data.texture_sound import render
 from omni_adapters.files import hex_digest, json_object
 from omni_adapters.shapes import BadInput, listing
 

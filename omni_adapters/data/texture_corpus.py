@@ -28,7 +28,8 @@ from typing import Any
 from omni_adapters.data.audio import load_audio, save_audio
 from omni_adapters.data.manifest import ManifestRow, write_manifest
 from omni_adapters.data.sounds import SAMPLING_RATE
-from omni_adapters.data.texture import LANGUAGES, RANGES, SETS, VARIANTS, VOICES, Clip, draw, measured_pitch, produce, say
+from omni_adapters.data.texture import LANGUAGES, RANGES, SETS, VARIANTS, VOICES, Clip, draw
+from omni_adapters.data.texture_sound import measured_pitch, produce, say
 from omni_adapters.files import json_object, write_whole
 from omni_adapters.processes import worker_pool
 from omni_adapters.shapes import BadInput, MissingExtra, listing
