@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import omni_adapters
-from benchmarks.step import peak_bytes
+from benchmarks.measure import peak_bytes
 from omni_adapters import Features, OmniGPT, Projector
 from omni_adapters.cost import MACHINES, Machine, Prediction, Utilisation, predict, table
 from omni_adapters.encoders.log_mel import LogMelEncoder

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from benchmarks.measure import HEADLESS, Roofs, Row, dtype_of
 
-MOST_SHARES = 36         # bars of the share picture: the first, most important cases
+MOST_SHARES = 24         # bars of the share picture
 COLOURS = ("#2a6f97", "#e07a5f", "#81b29a", "#8d99ae", "#c9a227", "#6d597a", "#bc4749", "#00a5a5", "#f4a261", "#3d405b")
 
 
@@ -173,14 +173,6 @@ def finish(figure: Any, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def ratio_axis(axis: Any, title: str, label: str) -> None:
-    """An axis of bars around 1: `label` says what is divided by what."""
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_ylabel(label)
-    axis.set_title(title, fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def draw_roofline(rows: list[Row], header: dict[str, Any], title: str, path: Path) -> str | None:
     """FLOPs for each byte against TFLOP/s, below the roofs that were measured beside them."""
     import matplotlib.pyplot as plt
@@ -267,22 +259,27 @@ def narrow(axis: Any) -> bool:
 
 
 def num_rows(case: str) -> int | None:
-    """N of a loss case: "N=1500", "N 1500" or "1500 rows"."""
-    found = re.search(r"\bN ?=? ?(\d[\d,]*)", case) or re.search(r"(\d[\d,]*) rows\b", case)
-    return int(found[1].replace(",", "")) if found else None
+    """N of a loss case, which names it "N=1500"."""
+    found = re.search(r"\bN=(\d+)", case)
+    return int(found[1]) if found else None
+
+
+def memory_panels(rows: list[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Loss cases that were measured at two numbers of rows or more: case but for N → variant → (N, peak MB)."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        N = num_rows(row.case) if row.bench == "loss" else None
+        if N is not None and row.peak_bytes:
+            kind = re.sub(r",? ?\bN=\d+", "", row.case)
+            panels.setdefault(kind, {}).setdefault(row.variant, []).append((N, row.peak_bytes / 1e6))
+    return {kind: lines for kind, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
 
 
 def draw_memory(rows: list[Row], header: dict[str, Any], title: str, path: Path) -> str | None:
     """The loss bench's peak memory against its rows: one panel for each case but for N."""
     import matplotlib.pyplot as plt
 
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in rows:
-        N = num_rows(row.case) if row.bench == "loss" else None
-        if N is not None and row.peak_bytes:
-            kind = re.sub(r"\s*,?\s*(\bN ?=? ?\d[\d,]*|\d[\d,]* rows\b)\s*,?\s*", ", ", row.case).strip(" ,·")
-            panels.setdefault(kind, {}).setdefault(row.variant, []).append((N, row.peak_bytes / 1e6))
-    panels = {kind: lines for kind, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
+    panels = memory_panels(rows)
     if not panels:
         return "no loss case was measured at two numbers of rows"
     shades = colours([variant for lines in panels.values() for variant in lines])
@@ -303,30 +300,45 @@ def draw_memory(rows: list[Row], header: dict[str, Any], title: str, path: Path)
     return None
 
 
+class Share(NamedTuple):
+    """One bar: a step's time, and what is left of it without head and loss; `baseline_ms`: of the case's hand-patched step."""
+
+    name: str
+    whole_ms: float
+    rest_ms: float
+    baseline_ms: float
+
+
+def shares(rows: list[Row]) -> list[Share]:
+    """Of the first, most important cases; of stage 1 alone where all would be more than a picture holds."""
+    rest = {(row.case, row.variant.removesuffix(HEADLESS)): row.p50_ms for row in rows if row.variant.endswith(HEADLESS)}
+    found = [Share(f"{row.case}: {row.variant}", row.p50_ms, min(left, row.p50_ms), row.ratio * row.p50_ms) for row in rows
+             if row.bench == "step" and row.p50_ms and row.ratio and (left := rest.get((row.case, row.variant)))]
+    if len(found) > MOST_SHARES:
+        found = [share for share in found if "stage 1" in share.name]
+    return found[:MOST_SHARES]
+
+
 def draw_share(rows: list[Row], header: dict[str, Any], title: str, path: Path) -> str | None:
-    """Head and loss against the rest of a step, by leaving them out: whole step − step without head."""
+    """Head and loss against the rest of a step, by leaving them out; lengths are shares of the case's hand-patched step."""
     import matplotlib.pyplot as plt
 
-    times = {(row.case, row.variant): row.p50_ms for row in rows if row.bench == "step" and row.p50_ms}
-    pairs = [(case, variant, whole, times[case, variant + HEADLESS]) for (case, variant), whole in times.items()
-             if (case, variant + HEADLESS) in times]
-    if not pairs:
+    found = shares(rows)
+    if not found:
         return "no step was measured with and without its head"
-    pairs = pairs[:MOST_SHARES]
-    figure, axis = plt.subplots(figsize=(9, 0.23 * len(pairs) + 1.2), layout="constrained")
-    places = range(len(pairs))
-    longest = max(whole for _, _, whole, _ in pairs)
-    rest = [min(headless, whole) for _, _, whole, headless in pairs]
-    head = [max(whole - headless, 0.0) for _, _, whole, headless in pairs]
+    figure, axis = plt.subplots(figsize=(9, 0.23 * len(found) + 1.2), layout="constrained")
+    places = range(len(found))
+    rest = [share.rest_ms / share.baseline_ms for share in found]
+    head = [(share.whole_ms - share.rest_ms) / share.baseline_ms for share in found]
     axis.barh(places, rest, 0.7, color="#8d99ae", label="blocks, embeddings, projector")
     axis.barh(places, head, 0.7, left=rest, color="#e07a5f", label="head and loss")
-    for place, (_, _, whole, _), part in zip(places, pairs, head):
-        axis.text(max(whole, rest[place]) + 0.01 * longest, place, f"{part / whole:.0%} of {milliseconds(whole)} ms", va="center",
-                  fontsize=7)
-    axis.set_yticks(places, [f"{case}: {variant}" for case, variant, _, _ in pairs], fontsize=7)
-    axis.set_xlim(0, 1.18 * longest)
-    axis.set_ylim(len(pairs) - 0.4, -0.6)
-    axis.set_xlabel("ms of a step", fontsize=8)
+    for place, share in enumerate(found):
+        axis.text(rest[place] + head[place] + 0.01, place, f"{1 - share.rest_ms / share.whole_ms:.0%} of "
+                  f"{milliseconds(share.whole_ms)} ms", va="center", fontsize=7)
+    axis.set_yticks(places, [share.name for share in found], fontsize=7)
+    axis.set_xlim(0, 1.2 * max(map(sum, zip(rest, head))))
+    axis.set_ylim(len(found) - 0.4, -0.6)
+    axis.set_xlabel("time of a step ÷ hand-patched", fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
     axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     finish(figure, path, title)

@@ -1,50 +1,35 @@
-"""One training step, forward and backward: the library against the forward patched by hand, in one process, interleaved.
+"""One training step, forward and backward: the library against the forward patched by hand; eager, compiled, as CUDA graphs.
 
-    python -m benchmarks --bench step              # the suite: depths, stages, lengths; eager, compiled, CUDA graphs
-    python -m benchmarks.step                      # README's table: minutes on two cores; benchmarks/results/<device>/step.*
-    python -m benchmarks.step --soft 94 --repeats 3
-
-The suite's steps go through `OmniGPT` with a Projector on 80 log-mel channels, stacked by 8: stage 1 trains the projector,
-stage 2 LoRA beside it, "all trained" the GPT as well; fp32 on CPU, on CUDA bf16 with fp32 masters, as nanochat has it. Errors
-are those of loss and gradients against the hand-patched forward of a twin in fp64; a variant may err three times as much as
-the hand-patched one in its own dtype. Steps "no head" stop at what lm_head reads: what they save is the share of head and loss.
-
-README's table is d6 at vocabulary 32768, 13 text tokens, 2 rows, soft tokens given; the LM frozen and everything trained.
-Before a time counts, both must agree on the loss and on the gradient of the soft tokens.
+Steps of several depths, stages and lengths go through `OmniGPT` with a Projector on 80 log-mel channels, stacked by 8: stage 1
+trains the projector, stage 2 LoRA beside it, "all trained" the GPT as well; fp32 on CPU, on CUDA bf16 with fp32 masters, as
+nanochat has it. Errors are those of loss and gradients against the hand-patched forward of a twin in fp64; a variant may err
+three times as much as the hand-patched one in its own dtype. Steps "no head" stop at what lm_head reads: what they save is the
+share of head and loss.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-import omni_adapters
 from benchmarks.budget import saving, sizes
 from benchmarks.group import Device, Group, Suite, Variant, worst
-from benchmarks.measure import HEADLESS, peak_bytes, seconds, sentence
-from benchmarks.report import ratio_axis
-from omni_adapters import Features, OmniGPT, Projector, SoftTokenPrepender
+from benchmarks.measure import HEADLESS, sentence
+from omni_adapters import Features, OmniGPT, Projector
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.lora import inject_lora
 from omni_adapters.reference_gpt import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from hand_patched import hand_patched_logits, hand_patched_loss  # noqa: E402  (baselines live with the tests)
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from hand_patched import hand_patched_logits, hand_patched_loss  # baselines live with the tests
 
 Run = Callable[[], tuple[Tensor, ...]]  # a step: the loss and the gradients of all that trains
 
@@ -61,7 +46,7 @@ WATCHED = {"projector.fc1.weight", "projector.fc2.weight", *(f"prepender.gpt.{na
     "lm_head", "transformer.h.0.attn.c_q", "transformer.h.0.mlp.c_fc"))}  # gradients that are compared where all are trained
 
 
-# ---- the suite -----------------------------------------------------------------------------------------------------------
+# ---- cases ---------------------------------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -81,9 +66,11 @@ def cases(suite: Suite, device: Device) -> list[Case]:
     """In the order of their importance, for a run that may be cut short: first those that are compiled."""
     if suite == "quick":
         return [Case(6, stage, T_soft, 32, device) for T_soft in (375, 94) for stage in ("1", "2")]
+    lengths = [(T_soft, T) for T in (32, 256) for T_soft in (188, 1500, 375, 94)]
     depths = (12, 6, 20) if device == "cuda" else (6,)
-    every = [Case(depth, stage, T_soft, T, device) for T in (32, 256) for T_soft in (188, 1500, 375, 94) for stage in STAGES
-             for depth in depths]
+    every = [Case(depth, stage, *length, device) for length in lengths for stage in STAGES for depth in depths]
+    if device == "cpu":  # seconds a step; at other lengths and stages, hours in all
+        every += [Case(depth, stage, 188, 32, device) for depth, stage in ((12, "1"), (12, "2"), (20, "1"))]
     return sorted(every, key=lambda case: case not in to_compile(suite, device))
 
 
@@ -100,7 +87,7 @@ def groups(suite: Suite, device: Device) -> Iterator[Group]:
         yield from groups_of(case, compiling=case in to_compile(suite, device))
     if suite == "full" and device == "cpu":
         for depth in (12, 20):
-            yield Group("step", f"d{depth}, every stage and length", "hand-patched",
+            yield Group("step", f"d{depth}, other stages and lengths", "hand-patched",
                         [Variant(name, why="hours on a CPU") for name in NAMES])
 
 
@@ -336,123 +323,3 @@ def marked(run: Run) -> Run:
         torch.compiler.cudagraph_mark_step_begin()
         return run()
     return step
-
-
-# ---- README's table --------------------------------------------------------------------------------------------------------
-
-VARIANTS = ("hand-patched", "prepender")
-MODES = ("frozen", "full")
-TOLERANCE = 1e-5  # fp32, sums of 384 to 32768 terms of order 1; a wrong layout is off by 1e-2 and more
-
-
-def build(T_soft: int, mode: str, device: str, B: int, T: int) -> tuple[dict[str, Callable[[], Tensor]], Tensor, GPT]:
-    """Both steps over the same GPT: variant → a function that runs forward and backward and returns the loss."""
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(sequence_len=2048, vocab_size=32768, n_layer=6, n_head=3, n_kv_head=3, n_embd=384))
-    for parameter in gpt.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    gpt.to(device).requires_grad_(mode == "full")
-    idx = torch.randint(0, 32768, (B, T), device=device)
-    targets = idx.roll(-1, dims=1)
-    soft = torch.randn(B, T_soft, 384, device=device, requires_grad=True)
-    prepender = SoftTokenPrepender(gpt, value_embeds="placeholder")  # what the hand-patched forward computes
-
-    def step(loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            gpt.zero_grad(set_to_none=True)
-            soft.grad = None
-            loss = loss_of()
-            loss.backward()
-            return loss.detach()
-        return run
-
-    steps = {"hand-patched": step(lambda: hand_patched_loss(gpt, idx, targets, soft)),
-             "prepender": step(lambda: prepender(idx, targets, soft))}
-    return steps, soft, gpt
-
-
-def check(steps: dict[str, Callable[[], Tensor]], soft: Tensor) -> float:
-    """Largest difference between the variants in loss and soft-token gradients, relative to the largest gradient."""
-    losses, grads = [], []
-    for variant in VARIANTS:
-        losses.append(steps[variant]())
-        grads.append(soft.grad.clone())
-    error = worst([float((losses[0] - losses[1]).abs()), float((grads[0] - grads[1]).abs().max() / grads[0].abs().max())])
-    if not error <= TOLERANCE:  # NaN is not ≤
-        raise SystemExit(f"the variants differ by {error:.1e}: a fast wrong step is no step")
-    return error
-
-
-def measure(args: argparse.Namespace) -> list[dict[str, object]]:
-    rows = []
-    cases = [(mode, T_soft) for mode in MODES for T_soft in args.soft]
-    for mode, T_soft in tqdm(cases, desc="cases"):
-        steps, soft, gpt = build(T_soft, mode, args.device, args.rows, args.text)
-        error = check(steps, soft)  # the first, slow run of each as well
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for _ in range(args.repeats):
-            for variant in VARIANTS:
-                times[variant].append(seconds(steps[variant], args.device))
-        medians = {variant: statistics.median(times[variant]) for variant in VARIANTS}
-        peaks = {variant: peak_bytes(steps[variant], [soft, *gpt.parameters()], args.device) for variant in VARIANTS}
-        del steps, soft, gpt
-        rows.append({
-            "mode": mode, "T_soft": T_soft, "ratio": medians["hand-patched"] / medians["prepender"],
-            "ms": {variant: 1e3 * value for variant, value in medians.items()},
-            "peak_ratio": peaks["hand-patched"] / peaks["prepender"],
-            "peak_mb": {variant: value / 1e6 for variant, value in peaks.items()}, "error": error,
-        })
-    return rows
-
-
-def draw(rows: list[dict], path: Path, title: str) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    sizes = sorted({row["T_soft"] for row in rows}, reverse=True)
-    for axis, key, label in zip(axes, ("ratio", "peak_ratio"), ("step time", "peak memory of a step")):
-        for offset, mode, colour in ((-0.2, "frozen", "#2a6f97"), (0.2, "full", "#e07a5f")):
-            found = {row["T_soft"]: row[key] for row in rows if row["mode"] == mode}
-            bars = axis.bar([i + offset for i in range(len(sizes))], [found[size] for size in sizes], 0.38, color=colour,
-                            label="LM frozen" if mode == "frozen" else "all trained")
-            axis.bar_label(bars, fmt="%.2f", fontsize=8)
-        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-        axis.set_xlabel("soft tokens per row")
-        ratio_axis(axis, label, "hand-patched ÷ prepender")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--soft", type=int, nargs="+", default=[1500, 250, 94], help="soft tokens per row")
-    parser.add_argument("--text", type=int, default=13, help="text tokens per row")
-    parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
-    parser.add_argument("--repeats", type=int, default=9, help="timed steps per variant; the median counts")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, help="folder; default benchmarks/results/<device>")
-    args = parser.parse_args()
-    rows = measure(args)
-    out = args.out or ROOT / "benchmarks" / "results" / args.device
-    out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    report = {
-        "what": "one training step, hand-patched forward ÷ prepender", "command": "python -m benchmarks.step",
-        "date": date.today().isoformat(), "device": name, "torch": torch.__version__, "omni_adapters": omni_adapters.__version__,
-        "host": "d6, vocabulary 32768, fp32", "T": args.text, "B": args.rows, "repeats": args.repeats, "rows": rows,
-    }
-    (out / "step.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(rows, out / "step.png", f"One training step, d6, vocabulary 32768, {args.text} text tokens, {args.rows} rows ({name})")
-    print(f"{'mode':8} {'T_soft':>6} {'hand-patched ms':>16} {'prepender ms':>13} {'ratio':>6} {'peak ratio':>10} {'error':>8}")
-    for row in rows:
-        ms = row["ms"]
-        assert isinstance(ms, dict)
-        print(f"{row['mode']:8} {row['T_soft']:6} {ms['hand-patched']:16.0f} {ms['prepender']:13.0f} {row['ratio']:6.2f} "
-              f"{row['peak_ratio']:10.2f} {row['error']:8.0e}")
-
-
-if __name__ == "__main__":
-    main()

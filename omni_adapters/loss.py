@@ -138,16 +138,16 @@ def check_values(targets: Tensor, V: int, ignore_index: int, reduction: str) -> 
     """How many rows are not ignored; all of them under torch.compile, where nothing is checked."""
     if torch.compiler.is_compiling():
         return targets.numel()
-    graded = targets[targets != ignore_index]
-    if graded.numel() == 0:
-        if reduction == "mean":
-            raise BadInput(WHERE, f"{targets.numel()} rows, all of them ignored", "a row to take the mean over",
-                           "leave such a batch out")
-        return 0
-    low, high = int(graded.min()), int(graded.max())
-    if low < 0 or high >= V:
+    graded = targets != ignore_index
+    kept = targets.where(graded, 0)
+    count, low, high = torch.stack([graded.sum(), *kept.aminmax()]).tolist() if targets.numel() else (0, 0, 0)  # one read
+    if count == 0 and reduction == "mean":
+        raise BadInput(WHERE, f"{targets.numel()} rows, all of them ignored", "a row to take the mean over",
+                       "leave such a batch out")
+    if count and (low < 0 or high >= V):
+        low, high = torch.stack(targets[graded].aminmax()).tolist()
         raise BadInput(WHERE, f"targets from {low} to {high}", f"0 … {V - 1}, or {ignore_index}")
-    return graded.numel()
+    return int(count)
 
 
 def accumulation_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ tokens together, T_mel mel frames, d the width of one feature frame, n_embd the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 
 class BadInput(ValueError):
@@ -21,14 +22,30 @@ class BadInput(ValueError):
     `where` names what was called, `came` what it got, `expected` what it takes, `todo` the way out.
     """
 
-    def __init__(self, where: str, came: str, expected: str, todo: str = "") -> None:
-        self.where, self.came, self.expected, self.todo = where, came, expected, todo
-        advice = f" {todo[0].upper()}{todo[1:].rstrip('.')}." if todo else ""
-        self.args = (f"{where}: got {came}; expected {expected}.{advice}",)  # not super(): torch.compile cannot trace that
+    args: tuple[str, ...]
 
-    def __reduce__(self) -> tuple[type[BadInput], tuple[str, str, str, str]]:
-        """Worker processes send their errors home by pickle."""
-        return BadInput, (self.where, self.came, self.expected, self.todo)
+    if TYPE_CHECKING:  # there is none: torch.compile, which before torch 2.13 traces no __init__ of an error's own, shows `args`
+        def __init__(self, where: str, came: str, expected: str, todo: str = "") -> None: ...
+
+    def __str__(self) -> str:
+        advice = f" {self.todo[0].upper()}{self.todo[1:].rstrip('.')}." if self.todo else ""
+        return f"{self.where}: got {self.came}; expected {self.expected}.{advice}"
+
+    @property
+    def where(self) -> str:
+        return self.args[0]
+
+    @property
+    def came(self) -> str:
+        return self.args[1]
+
+    @property
+    def expected(self) -> str:
+        return self.args[2]
+
+    @property
+    def todo(self) -> str:
+        return self.args[3] if len(self.args) > 3 else ""
 
 
 class MissingExtra(ImportError):

@@ -219,22 +219,46 @@ def test_compare_exits_1_where_asked_and_warns_of_another_device(tmp_path: Path,
 
 
 def test_a_loss_case_says_its_rows() -> None:
-    cases = ["N=1500, frozen", "N 4,096", "frozen, 32768 rows, bf16", "weight frozen"]
-    assert [report.num_rows(case) for case in cases] == [1500, 4096, 32768, None]
+    assert [report.num_rows(case) for case in ("weight frozen, N=1500, C=384", "N=64", "32 rows supervised")] == [1500, 64, None]
+
+
+def test_losses_of_one_kind_are_one_panel_whatever_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full suite measures the frozen head at three numbers of rows: that is what the picture of memory is of."""
+    monkeypatch.setattr(loss, "SIZES", {("full", "cpu"): loss.Size(64, 8, 32)})
+    monkeypatch.setattr(loss, "MORE_ROWS", {"cpu": (16, 256)})
+    monkeypatch.setattr(loss, "contenders", lambda case, *_: [("naive", loss.partial(loss.naive, softcap=case.softcap))])
+    made = list(loss.groups("full", "cpu"))
+    assert [report.num_rows(group.case) for group in made] == [64, 64, 64, 64, 16, 256]
+    assert made[2].case == "1 rows supervised, N=64, C=8, V=32, float32"  # 32 of 1500 are 1 of 64
+    rows = [row for group in made for row in measure_group(group, "cpu", ROOFS, 0.0)]
+    assert all(row.status == "ok" and row.peak_bytes for row in rows)
+    assert report.memory_panels(rows).keys() == {"weight frozen, C=8, V=32, float32"}
+    assert report.draw_all(tmp_path, HEADER, rows)[2] == str(tmp_path / "memory.png")
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     def row(bench: str, case: str, variant: str, ms: float, **more: Any) -> Row:
         return Row(bench, case, variant, "ok", "", 10 / ms, ms, ms, ms, **more)
 
-    said = report.draw_all(tmp_path, HEADER, [row("loss", "N 10", "only", 10.0)])
+    said = report.draw_all(tmp_path, HEADER, [row("loss", "N=10", "only", 10.0)])
     assert [line.partition(":")[0] for line in said] == [f"no {name}.png" for name in ("roofline", "ratios", "memory", "share")]
-    rows = [row("loss", f"N {N}, fp32", name, ms, peak_bytes=N * 100, flops=1e9, bytes=1e8, tflops=0.1)
+    rows = [row("loss", f"frozen, N={N}, fp32", name, ms, peak_bytes=N * 100, flops=1e9, bytes=1e8, tflops=0.1)
             for N in (10, 100) for name, ms in (("naive", 10.0), ("chunked", 5.0))]
     rows += [row("step", "d6", "prepender", 10.0), row("step", "d6", "prepender" + HEADLESS, 6.0)._replace(ratio=None)]
     said = report.draw_all(tmp_path, HEADER, rows)
     assert said == [str(tmp_path / f"{name}.png") for name in ("roofline", "ratios", "memory", "share")]
     assert all(Path(path).stat().st_size > 5000 for path in said)
+
+
+def test_a_share_is_what_leaving_the_head_out_saves() -> None:
+    def pair(case: str, whole: float, rest: float) -> list[Row]:
+        row = Row("step", case, "prepender", "ok", "", 30 / whole, whole, whole, whole)
+        return [row, row._replace(variant="prepender" + HEADLESS, ratio=None, p50_ms=rest)]
+
+    assert report.shares(pair("d6, stage 1", 10.0, 6.0)) == [report.Share("d6, stage 1: prepender", 10.0, 6.0, 30.0)]
+    assert report.shares(pair("d6, stage 1", 10.0, 11.0))[0].rest_ms == 10.0  # noise: no head takes less than no time
+    many = [row for number in range(20) for stage in ("1", "2") for row in pair(f"d{number}, stage {stage}", 10.0, 6.0)]
+    assert [share.name for share in report.shares(many)] == [f"d{number}, stage 1: prepender" for number in range(20)]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------
@@ -329,7 +353,7 @@ def test_a_name_that_is_no_bench_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_roofs_are_those_of_a_copy_and_a_matmul() -> None:
-    roofs = measure_roofs("cpu", num_bytes=2**20, side=64)
+    roofs = measure_roofs("cpu", num_bytes=2**20, shapes=[(64, 64, 64), (32, 8, 16)])
     assert roofs.copy_gbs > 0 and set(roofs.matmul_tflops) == {"fp32"} and roofs.matmul_tflops["fp32"] > 0
 
 
@@ -359,7 +383,7 @@ def test_a_loss_that_fails_is_a_row_and_a_foreign_one_is_not_applicable(monkeypa
     def broken(*_: Any) -> torch.Tensor:
         raise ValueError("no kernel image")
 
-    tensors = loss.batch(loss.CASES["frozen"], "cpu", size=(8, 4, 16))
+    tensors = loss.batch(loss.FROZEN, loss.Size(8, 4, 16), "cpu", torch.float32)
     ours, theirs = (loss.variant(name, broken, tensors, []) for name in ("triton", "liger"))
     assert ours.step is not None and theirs.step is None and theirs.why == "ValueError: no kernel image"
     with pytest.raises(RuntimeError, match="no kernel image"):
@@ -367,7 +391,7 @@ def test_a_loss_that_fails_is_a_row_and_a_foreign_one_is_not_applicable(monkeypa
     monkeypatch.setattr(loss, "missing", lambda package, device: "")
     for name in ("liger", "cut_cross_entropy"):
         monkeypatch.setattr(loss, name, broken)
-    assert {why for _, why in loss.others(loss.CASES["frozen"], "cuda")} == {"ValueError: no kernel image"}
+    assert {why for _, why in loss.others(loss.FROZEN, "cuda")} == {"ValueError: no kernel image"}
 
 
 @pytest.mark.parametrize("stage", step.STAGES)

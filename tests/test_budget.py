@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import budget  # noqa: E402
 from benchmarks.budget import Small  # noqa: E402
-from benchmarks.step import peak_bytes  # noqa: E402
+from benchmarks.measure import peak_bytes  # noqa: E402
 from omni_adapters import cli  # noqa: E402
 from omni_adapters.anatomy import unwrap  # noqa: E402
 from omni_adapters.lora import BREAK_EVEN  # noqa: E402

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import cost as benchmark  # noqa: E402
 from benchmarks.budget import Small, small_step  # noqa: E402
-from benchmarks.step import peak_bytes  # noqa: E402
+from benchmarks.measure import peak_bytes  # noqa: E402
 from omni_adapters import cost as model  # noqa: E402
 from omni_adapters import step_counts as counts  # noqa: E402
 from omni_adapters.cost import MACHINES, Machine, cost  # noqa: E402

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.step import peak_bytes
+from benchmarks.measure import peak_bytes
 from omni_adapters import loss as module
 from omni_adapters.loss import chunked, fast_tanh_, implementation, linear_cross_entropy, loss_and_gradients, plain
 from omni_adapters.shapes import BadInput
