@@ -4,7 +4,8 @@ Attributes first, then two forwards of two tokens each, watched from hooks that 
 feeds the same ids in the other order: a table fed by ids sees its input change with them, a position table does not, and
 a table fed by something computed from ids (a hash of bigrams) sees neither. A third forward replaces what the head
 returns by a known ramp z, so that the function from z to logits can be read off: a crop, and c·tanh(z/c) with a c that
-exists only as a local variable of the host's forward.
+exists only as a local variable of the host's forward. A last one, with targets, says whether the loss is the cross-entropy of
+these logits.
 
 The model comes back bit-identical: parameters, buffers, random state, training mode, hooks.
 """
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_adapters.shapes import BadInput, listing, shape
 
 HUGE = 1e4      # a head output that any softcap has long flattened to its constant
 RAMP = 40.0     # the probe's head outputs span ±RAMP
+CacheName = Literal["kv_cache", "past_key_values", "cache"]
 READS_FLAT = 2  # tokens in a probe; the least that has a neighbour
 
 
@@ -41,6 +44,9 @@ class Anatomy:
     n_embd, vocab_size, padded_vocab_size: widths of hidden states, logits, head.
     softcap:        c of c·tanh(z/c), or None.
     head_is_plain:  logits are the head's output cropped and, where softcap is set, capped; False if anything else.
+    loss_is_plain:  the loss for targets is the mean cross-entropy of the logits, −1 ignored; False where the host adds to it
+                    or smooths it, in training mode too. True where the host takes no targets or returns a ModelOutput, whose
+                    loss the prepender computes.
     position_limit: most positions one forward can have, or None if the host sets none.
     cache:          name of the forward argument that takes a KV cache, or None.
     cache_shape:    (n_layer, n_kv_head, head_dim) for hosts with `kv_cache`, else None.
@@ -60,8 +66,9 @@ class Anatomy:
     padded_vocab_size: int
     softcap: float | None
     head_is_plain: bool
+    loss_is_plain: bool
     position_limit: int | None
-    cache: Literal["kv_cache", "past_key_values"] | None
+    cache: CacheName | None
     cache_shape: tuple[int, int, int] | None
     output: Literal["tensor", "tuple", "model_output"]
     dtype: torch.dtype
@@ -89,6 +96,7 @@ def discover_anatomy(gpt: nn.Module) -> Anatomy:
         tables = sort_tables(gpt, first, swapped, ids)
         head_in, head_out = head_call(gpt, first, head_name)
         ramp, logits = probe_head(gpt, forward, ids, head_name, head_out)
+        loss_is_plain = read_loss(gpt, forward, ids, head_name, ramp.numel())
     softcap, plain = read_head(ramp, logits)
     wte = find_wte(gpt, tables["ids"], head_in.size(-1))
     cache = find_cache(gpt)
@@ -105,6 +113,7 @@ def discover_anatomy(gpt: nn.Module) -> Anatomy:
         padded_vocab_size=ramp.size(-1),
         softcap=softcap,
         head_is_plain=plain,
+        loss_is_plain=loss_is_plain,
         position_limit=find_position_limit(gpt, tables["positions"]),
         cache=cache,
         cache_shape=cache_sizes(gpt) if cache == "kv_cache" else None,
@@ -163,14 +172,14 @@ def loss_of(result: Any) -> Tensor:
     return loss
 
 
-def runner(gpt: nn.Module, ids: Tensor) -> Callable[[Tensor], Any]:
+def runner(gpt: nn.Module, ids: Tensor) -> Callable[..., Any]:
     """A forward that runs: as it is, or under bf16 autocast, which hosts with mixed parameter dtypes count on."""
     device = ids.device.type
     failures = []
     for name, context in (("plain", nullcontext), ("bf16 autocast", lambda: torch.autocast(device, torch.bfloat16))):
-        def forward(idx: Tensor, context: Any = context) -> Any:
+        def forward(*args: Tensor, context: Any = context) -> Any:
             with context():
-                return gpt(idx)
+                return gpt(*args)
         try:
             forward(ids)
             return forward
@@ -275,11 +284,13 @@ def find_position_limit(gpt: nn.Module, position_tables: list[str]) -> int | Non
     return min(limits, default=None)
 
 
-def find_cache(gpt: nn.Module) -> Literal["kv_cache", "past_key_values"] | None:
+def find_cache(gpt: nn.Module) -> CacheName | None:
+    """nanochat's, or transformers', which has `use_cache` beside it; "cache" is its name from transformers 5.24 on."""
     parameters = inspect.signature(gpt.forward).parameters
     if "kv_cache" in parameters:
         return "kv_cache"
-    return "past_key_values" if "past_key_values" in parameters else None
+    names: tuple[CacheName, ...] = ("cache", "past_key_values")
+    return next((name for name in names if name in parameters and "use_cache" in parameters), None)
 
 
 def cache_sizes(gpt: nn.Module) -> tuple[int, int, int] | None:
@@ -297,12 +308,47 @@ def probe_head(gpt: nn.Module, forward: Callable[[Tensor], Any], ids: Tensor, he
     ramp = torch.linspace(-RAMP, RAMP, head_out.size(-1), device=head_out.device)
     ramp[0] = HUGE
     ramp = ramp.to(head_out.dtype)
-    handle = gpt.get_submodule(head_name).register_forward_hook(lambda *_: ramp.expand_as(head_out).clone())
-    try:
+    with saying(gpt.get_submodule(head_name), ramp):
         logits = logits_of(forward(ids))
+    return ramp.float(), logits[0, -1].float()
+
+
+@contextmanager
+def saying(head: nn.Module, row: Tensor) -> Iterator[None]:
+    """Inside, the head returns `row` (V,) at every position."""
+    handle = head.register_forward_hook(lambda _, args, out: row.to(out.dtype).expand_as(out).clone())
+    try:
+        yield
     finally:
         handle.remove()
-    return ramp.float(), logits[0, -1].float()
+
+
+def read_loss(gpt: nn.Module, forward: Callable[..., Any], ids: Tensor, head_name: str, width: int) -> bool:
+    """Whether the loss is the mean cross-entropy of the logits over targets that are not −1; see `Anatomy.loss_is_plain`.
+
+    The head says a gentle ramp, so that nothing is saturated, and the modules are in training mode, where alone some hosts add
+    terms. Tolerances: fp32 sums of V terms, 1e-4 of the loss; for half-precision logits some steps of 2⁻⁸.
+    """
+    with saying(gpt.get_submodule(head_name), torch.linspace(-2.0, 2.0, width, device=ids.device)):
+        result = forward(ids)
+        if not isinstance(result, Tensor) and type(result) is not tuple:
+            return True
+        logits = logits_of(result)[0, -1]
+        target = torch.tensor([logits.size(-1) // 3], device=ids.device)
+        for module in gpt.modules():
+            module.training = True
+        try:
+            loss = loss_of(forward(ids, torch.cat([target, target.new_tensor([-1])])[None]))
+        except TypeError:  # a host that takes no targets
+            return True
+        except (RuntimeError, AssertionError, ValueError, IndexError):
+            return False
+        finally:
+            for module in gpt.modules():
+                module.training = False
+    expected = F.cross_entropy(logits.float()[None], target)
+    off = 1e-4 if logits.dtype == torch.float32 else 4 * 2.0**-8
+    return loss.numel() == 1 and bool((loss.float() - expected).abs() <= off * expected.abs())
 
 
 def read_head(ramp: Tensor, logits: Tensor) -> tuple[float | None, bool]:

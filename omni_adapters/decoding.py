@@ -99,7 +99,7 @@ class Drivable(Protocol):
 class Decoder:
     """Next-token logits for rows whose fused lengths agree: `start()` for the prompt, then `step(ids)` per token column.
 
-    Three ways to the same logits: nanochat's kv_cache, transformers' past_key_values, or everything again each step.
+    Three ways to the same logits: nanochat's kv_cache, transformers' own cache, or everything again each step.
 
     idx: (B, T) prompts, right-padded where text_lens (B,) says so. room: most positions a row will reach.
     """
@@ -120,8 +120,8 @@ class Decoder:
         cached = not anatomy.derived_tables
         if cached and anatomy.cache == "kv_cache" and anatomy.cache_shape is not None:
             self.kwargs = {"kv_cache": KVCache(idx.size(0), room, anatomy.cache_shape, idx.device, host.dtype())}
-        elif cached and anatomy.cache == "past_key_values":
-            self.kwargs = {"past_key_values": None, "use_cache": True}
+        elif cached and anatomy.cache in ("past_key_values", "cache"):
+            self.kwargs = {anatomy.cache: None, "use_cache": True}
 
     def start(self) -> Tensor:
         """Prefill; logits (B, vocab_size) after each row's last text token."""
@@ -142,8 +142,9 @@ class Decoder:
         where = "SoftTokenPrepender.generate"
         splice, fused_idx = self.host.plan(where, idx, soft_tokens, self.kwargs, text_lens, exact=True)
         result = self.host.run(splice, fused_idx, None, self.kwargs)
-        if "past_key_values" in self.kwargs:
-            self.kwargs["past_key_values"] = result.past_key_values
+        if "use_cache" in self.kwargs:
+            name = str(self.host.anatomy.cache)
+            self.kwargs[name] = getattr(result, name)
         return logits_of(result)
 
 

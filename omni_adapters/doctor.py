@@ -411,7 +411,10 @@ def about_no_cuda(answer: Mapping[str, Any]) -> Finding:
         return Finding("devices", "cuda", NEITHER, "this torch is built without it", values={"error": None})
     if "built" not in answer:
         return Finding("devices", "cuda", NEITHER, f"not known: {answer.get('error')}", values={"error": answer.get("error")})
-    return Finding("devices", "cuda", BAD, f"torch is built for it; {answer.get('error', 'no device')}",
+    error = answer.get("error", "no device")
+    if "no NVIDIA driver" in error:  # what pip installs on any Linux machine is built for CUDA
+        return Finding("devices", "cuda", NEITHER, "torch is built for it; no NVIDIA driver here", values={"error": error})
+    return Finding("devices", "cuda", BAD, f"torch is built for it; {error}",
                    "see what nvidia-smi says of the driver, and CUDA_VISIBLE_DEVICES", values={"error": answer.get("error")})
 
 

@@ -1,7 +1,7 @@
 """The host's head and loss in one, where `loss.linear_cross_entropy` computes the same without the logits.
 
 Whether it does is asked, not assumed: the head must be a linear layer without bias that multiplies by its weight
-(`host_linear`), and what follows it a crop and a softcap (`anatomy`).
+(`host_linear`), what follows it a crop and a softcap, and the loss the cross-entropy of that (`anatomy`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from omni_adapters.loss import REDUCTIONS, linear_cross_entropy, saves_logits
 
 LossForm = Literal["host", "fused", "auto"]
 FORMS = ("host", "fused", "auto")
+OURS = (HostHooks, CastWeights)  # a tuple, and below a list: torch.compile of torch 2.9 reads no unions and no generators
 
 
 def head_of(gpt: nn.Module, anatomy: Anatomy) -> nn.Module:
@@ -33,6 +34,8 @@ def head_obstacle(gpt: nn.Module, anatomy: Anatomy) -> str:
     head = head_of(gpt, anatomy)
     if not anatomy.head_is_plain:
         return "logits that are more than the head's output, cropped and capped"
+    if not anatomy.loss_is_plain:
+        return "a loss that is more than the cross-entropy of the logits"
     if not isinstance(head, nn.Linear) or head.bias is not None or linear_form(head) == "own":
         return f"a head {type(head).__name__} that is more than one matrix"
     return ""
@@ -43,8 +46,8 @@ def call_obstacle(gpt: nn.Module, anatomy: Anatomy, gpt_kwargs: Mapping[str, Any
     head = head_of(gpt, anatomy)
     if isinstance(head, LoRALinear):
         return "LoRA on the head"
-    if "forward" in vars(head) or any(not is_ours(hook) for hook in hooks_of(head)):
-        return "a head whose output somebody's hook may change"
+    if "forward" in vars(head) or not all([is_ours(hook) for hook in hooks_of(head)]):
+        return "a head whose output or gradient somebody's hook may change"
     if is_sharded(weight_of(head)):
         return "a head whose weight is sharded"
     if other := sorted(set(gpt_kwargs) - {"loss_reduction"}):
@@ -55,12 +58,13 @@ def call_obstacle(gpt: nn.Module, anatomy: Anatomy, gpt_kwargs: Mapping[str, Any
 
 
 def hooks_of(head: nn.Module) -> list[Any]:
-    return [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+    return [hook for hooks in (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+            for hook in hooks.values()]
 
 
 def is_ours(hook: Any) -> bool:
     """The prepender's own hook, and the one that watches a cast weight: neither changes what the head computes."""
-    return isinstance(getattr(hook, "__self__", None), HostHooks | CastWeights)
+    return isinstance(getattr(hook, "__self__", None), OURS)
 
 
 def weight_of(head: nn.Module) -> Tensor:

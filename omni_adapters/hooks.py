@@ -113,7 +113,9 @@ class HostHooks:
             hidden = self.hidden
         finally:
             self.want_hidden, self.hidden = False, None
-        assert hidden is not None
+        if hidden is None:
+            raise BadInput("SoftTokenPrepender", f"a forward that did not call the {self.anatomy.lm_head} it had",
+                           "the head that was there when the prepender was built", "build a new prepender")
         return hidden, returned
 
     @contextmanager

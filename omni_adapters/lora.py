@@ -36,6 +36,7 @@ from omni_adapters.lora_matmul import merged_linear
 from omni_adapters.shapes import BadInput, listing
 
 Form = Literal["auto", "merged", "two_path"]
+FORMS = ("auto", "merged", "two_path")
 # Rows × (in + out) from which one matmul is faster, in units of in × out. Making W + s · B A costs by the size of W, a second
 # path by what it reads and writes of x and y. Measured on CPU, fp32, rank 16, five shapes from 384 × 1536 to 3072 × 768.
 BREAK_EVEN = 2.0
@@ -72,10 +73,10 @@ class LoRALinear(nn.Linear):
                  generator: torch.Generator | None = None) -> None:
         check_base(base)
         most = min(base.weight.shape)
-        if not isinstance(rank, int) or not 1 <= rank <= most:
-            raise BadInput("LoRALinear", f"rank = {rank}", f"an integer, 1 ≤ rank ≤ {most}, the smaller side of the weight")
-        if not 0 < alpha < math.inf:
-            raise BadInput("LoRALinear", f"alpha = {alpha}", "a finite alpha > 0")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+            raise BadInput("LoRALinear", f"rank = {rank!r}", f"an integer, 1 ≤ rank ≤ {most}, the smaller side of the weight")
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise BadInput("LoRALinear", f"alpha = {alpha!r}", "a finite alpha > 0")
         if not 0 <= dropout < 1:
             raise BadInput("LoRALinear", f"dropout = {dropout}", "0 ≤ dropout < 1")
         vars(self).update(vars(base))  # hooks are shared, whoever takes them away; so is what the base's own class keeps
@@ -114,6 +115,8 @@ class LoRALinear(nn.Linear):
     def runs_merged(self, x: Tensor) -> bool:
         """Whether this forward makes W + s · B A: where the base has no arithmetic of its own, nothing is dropped, W gets no
         gradient, and there are rows enough to pay for it; with gradients or without, so that what is validated is what trains."""
+        if self.form not in FORMS:
+            raise BadInput("LoRALinear", f"form = {self.form!r}", f"one of {', '.join(FORMS)}")
         if self.form == "two_path" or self.merged or not self.enabled:
             return False
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
@@ -135,17 +138,19 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """s · B A, (out_features, in_features) in fp32."""
-        return self.scaling * (self.lora_b @ self.lora_a)
+        """s · B A, (out_features, in_features) in fp32, or in fp64 where the weight is; autocast changes nothing."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self.scaling * (self.lora_b.to(wide) @ self.lora_a.to(wide))
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W ← W + s · B A, computed in fp32; the old W is kept beside it. Merging twice is merging once."""
+        """W ← W + s · B A, computed in fp32 or wider; the old W is kept beside it. Merging twice is merging once."""
         if not self.enabled:
             raise BadInput("LoRALinear", "a merge while disabled", "a layer whose update counts", "leave lora_disabled first")
         if not self.merged:
             self.unmerged = self.weight.detach().clone()
-            self.weight.copy_(self.weight.float() + self.update())
+            self.weight.copy_(self.weight + self.update())
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -218,14 +223,16 @@ def blank(base_class: type[nn.Linear]) -> LoRALinear:
 
 
 def inject_lora(gpt: nn.Module, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, *,
-                targets: Sequence[str] = ("attn", "mlp"), rslora: bool = False, seed: int = 0) -> list[str]:
-    """Put a LoRALinear in the place of every linear layer whose path has one of `targets` in it; returns their paths.
+                targets: str | Sequence[str] = ("attn", "mlp"), rslora: bool = False, seed: int = 0) -> list[str]:
+    """Put a LoRALinear in the place of every linear layer whose path has one of `targets` in it; returns their paths. One
+    target may come as a plain string.
 
     Layers with a side smaller than `rank` (nanochat's value gates) stay as they are. A layer that stands in several places
     gets one LoRA. lora_a is drawn from `seed` alone. Load the GPT's checkpoint before: keys of the base stay, those of
     lora_a and lora_b are new. Raises BadInput where nothing matches, layers share a weight, or LoRA is there already; the
     GPT is then as it came.
     """
+    targets = (targets,) if isinstance(targets, str) else targets
     linears = {name: m for name, m in gpt.named_modules() if isinstance(m, nn.Linear)}
     chosen = [name for name, m in linears.items() if "weight" in m._parameters and rank <= min(m.weight.shape)
               and any(target in part for target in targets for part in name.split("."))]
@@ -304,7 +311,10 @@ def unmerge_lora(gpt: nn.Module) -> None:
 
 @contextmanager
 def lora_disabled(gpt: nn.Module) -> Iterator[None]:
-    """Inside, the GPT is as it was before LoRA, bit for bit: for text-only calls, and for a teacher that shares weights."""
+    """Inside, the GPT is as it was before LoRA, bit for bit: for text-only calls, and for a teacher that shares weights.
+
+    Where activations are checkpointed, backward must run inside as well: what is computed again has the LoRA of that moment.
+    """
     layers = lora_layers(gpt, "lora_disabled")
     if any(layer.merged for layer in layers):
         raise BadInput("lora_disabled", "a GPT whose LoRA is merged", "LoRA apart from the weights",

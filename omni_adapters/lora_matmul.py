@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
+WIDENS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # torch.mm(…, out_dtype=…), traced too: torch 2.9 cannot
 
 
 def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -82,7 +83,7 @@ def factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scaling: float
 
     Halves are multiplied as halves where a matmul of them can return fp32, on CUDA, and as fp32 elsewhere.
     """
-    mixed = dtype in HALVES and x.is_cuda and not torch.is_grad_enabled()  # that matmul has no derivative of its own
+    mixed = WIDENS and dtype in HALVES and x.is_cuda and not torch.is_grad_enabled()  # that matmul has no derivative of its own
     operand = dtype if mixed else torch.promote_types(dtype, torch.float32)
 
     def matmul(p: Tensor, q: Tensor) -> Tensor:

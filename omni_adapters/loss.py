@@ -20,7 +20,6 @@ Notable:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -28,12 +27,15 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from omni_adapters.shapes import BadInput, MissingExtra, shape
+from omni_adapters.shapes import BadInput, MissingExtra, listing, shape
 
 WHERE = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
 DEVICE_FORMS = ("triton", "cublas")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = torch.finfo(torch.float32).max
 CHUNK_BYTES = 2**26  # of logits at a time: 512 rows of 32768 in fp32. A chunk reads the whole weight: 64 rows take 1.3 × the time
 CHUNK_ROWS = 128  # at least, where a vocabulary is so large that CHUNK_BYTES hold fewer rows
 BLOCK_BYTES = 2**22  # of logits that go through all element-wise passes together: they and their copy stay in L2 and L3
@@ -46,8 +48,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sof
                          impl: Literal["auto", "plain", "chunked", "triton", "cublas"] = "auto") -> Tensor:
     """−log softmax(softcap · tanh(hidden · weightᵀ / softcap))[targets]; gradients to `hidden` and `weight`.
 
-    hidden:    (..., C), any floating dtype.
-    weight:    (V, C), any floating dtype. Its gradient is computed only where it requires one.
+    hidden:    (..., C), fp16, bf16, fp32 or fp64.
+    weight:    (V, C), of these dtypes too. Its gradient is computed only where it requires one.
     targets:   (...) int64, in 0 … V − 1, or `ignore_index`.
     softcap:   in logits, > 0; None leaves logits as they are.
     reduction: "mean" over the rows not ignored, "sum", or "none": one loss a row, 0 at ignored rows.
@@ -56,8 +58,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sof
                a trained weight from C / 2 rows on. Rows not ignored count; under torch.compile, which cannot count those, all
                do. On CUDA it is triton where both inputs are bf16 and that can run, else cublas, and without triton as above.
 
-    Returns a scalar, or (...) for "none", in fp32, or fp64 where an input is fp64: autocast changes nothing. Gradients have
-    their input's dtype, rounded once. Ignored rows get a gradient of exactly 0.
+    Returns a scalar, or (...) for "none", in fp32, or fp64 where an input is fp64, whatever autocast says; plain's backward
+    multiplies in autocast's dtype where it runs, or is compiled, under autocast. Gradients have their input's dtype, rounded
+    once. Ignored rows get a gradient of exactly 0.
+
+    The operator behind all other forms has no rules for torch.func and forward-mode differentiation: there "auto" is plain, and
+    the others are refused.
 
     Chunked holds a copy of half-precision weights in fp32, one buffer of 64 MiB (128 rows where V is larger than 2¹⁷) and,
     where the weight is trained, its gradient in fp32; it refuses double backward. With reduction="none" and a trained weight,
@@ -74,6 +80,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sof
     check_form(hidden, weight, targets, softcap, reduction)
     V, C = weight.shape
     flat_hidden, flat_targets = hidden.reshape(-1, C), targets.reshape(-1)
+    if impl != "plain" and transformed(hidden, weight):
+        if impl != "auto":
+            raise BadInput(WHERE, f"impl = {impl!r} under torch.func or forward-mode differentiation", "plain backward passes",
+                           'use impl="plain"')
+        impl = "plain"
     rows = check_values(flat_targets, V, ignore_index, reduction)
     if impl in DEVICE_FORMS or (impl == "auto" and beside_triton(hidden, weight)):
         form = device_form(impl, hidden, weight, softcap)
@@ -122,14 +133,18 @@ def check_form(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float |
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.size(-1) != weight.size(-1):
         raise BadInput(WHERE, f"hidden {shape(hidden.shape)}, weight {shape(weight.shape)}", "hidden (..., C), weight (V, C)",
                        "weight is lm_head.weight as it is, not transposed")
+    if 0 in weight.shape:
+        raise BadInput(WHERE, f"weight {shape(weight.shape)}", "a row for each word, of at least one channel")
+    if hidden.device != weight.device or targets.device != hidden.device:
+        raise BadInput(WHERE, f"hidden on {hidden.device}, weight on {weight.device}, targets on {targets.device}", "one device")
     if targets.shape != hidden.shape[:-1]:
         raise BadInput(WHERE, f"targets {shape(targets.shape)}", f"one a row of hidden, {shape(hidden.shape[:-1])}")
     if targets.dtype != torch.int64:
         raise BadInput(WHERE, f"targets of {targets.dtype}", "torch.int64")
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise BadInput(WHERE, f"hidden of {hidden.dtype}, weight of {weight.dtype}", "floating dtypes")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise BadInput(WHERE, f"softcap = {softcap}", "a finite softcap > 0", "softcap=None leaves logits as they are")
+    if not (hidden.dtype in DTYPES and weight.dtype in DTYPES):
+        raise BadInput(WHERE, f"hidden of {hidden.dtype}, weight of {weight.dtype}", listing(DTYPES), "cast them first")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap <= LARGEST):
+        raise BadInput(WHERE, f"softcap = {softcap!r}", "a finite softcap > 0", "softcap=None leaves logits as they are")
     if reduction not in REDUCTIONS:
         raise BadInput(WHERE, f"reduction = {reduction!r}", f"one of {', '.join(REDUCTIONS)}")
 
@@ -140,14 +155,23 @@ def check_values(targets: Tensor, V: int, ignore_index: int, reduction: str) -> 
         return targets.numel()
     graded = targets != ignore_index
     kept = targets.where(graded, 0)
-    count, low, high = torch.stack([graded.sum(), *kept.aminmax()]).tolist() if targets.numel() else (0, 0, 0)  # one read
+    found = torch.stack([graded.sum(), *kept.aminmax()]).cpu() if targets.numel() else (0, 0, 0)  # one read of the device
+    count, low, high = (int(value) for value in found)
     if count == 0 and reduction == "mean":
         raise BadInput(WHERE, f"{targets.numel()} rows, all of them ignored", "a row to take the mean over",
                        "leave such a batch out")
     if count and (low < 0 or high >= V):
         low, high = torch.stack(targets[graded].aminmax()).tolist()
         raise BadInput(WHERE, f"targets from {low} to {high}", f"0 … {V - 1}, or {ignore_index}")
-    return int(count)
+    return count
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def accumulation_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

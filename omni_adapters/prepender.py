@@ -272,8 +272,10 @@ class SoftTokenPrepender(nn.Module):
             return self.hooks.run(self.gpt, splice, fused_idx, **gpt_kwargs)
         if self.anatomy.output != "model_output":
             return self.hooks.run(self.gpt, splice, fused_idx, targets, **gpt_kwargs)
+        reduction = gpt_kwargs.pop("loss_reduction", "mean")
         output = self.hooks.run(self.gpt, splice, fused_idx, **gpt_kwargs)  # transformers hosts shift labels themselves
-        output.loss = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        output.loss = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
+                                      reduction=reduction)
         return output
 
     def fuses(self, where: str, targets: Tensor, gpt_kwargs: Mapping[str, Any]) -> bool:
@@ -366,7 +368,7 @@ def shapes_bound(idx: Tensor, columns: Columns) -> int:
 
 
 def unfusable(where: str, obstacle: str) -> BadInput:
-    return BadInput(where, f"loss='fused' with {obstacle}", "logits that are one matrix, cropped and capped",
+    return BadInput(where, f"loss='fused' with {obstacle}", "the cross-entropy of logits that are one matrix, cropped and capped",
                     "use loss='auto' or loss='host'")
 
 

@@ -335,11 +335,21 @@ def test_cuda_without_a_device(well: Server, monkeypatch: pytest.MonkeyPatch, ca
     if torch.cuda.is_available():
         pytest.skip("there is one")
     doctor.ask_cuda()
-    printed = capsys.readouterr().out
-    assert json.loads(printed)["devices"] == []
-    cuda(monkeypatch, f"print({printed!r})")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["devices"] == [] and answer["error"]  # as this torch words it
+    broken = answer | {"error": "RuntimeError: CUDA driver initialization failed"}
+    cuda(monkeypatch, f"print({json.dumps(broken)!r})")
     found = look()
-    assert found["cuda"].mark == BAD and json.loads(printed)["error"] in found["cuda"].says and "nvidia-smi" in found["cuda"].todo
+    assert found["cuda"].mark == BAD and broken["error"] in found["cuda"].says and "nvidia-smi" in found["cuda"].todo
+
+
+def test_a_torch_built_for_cuda_on_a_machine_without_a_gpu_is_no_problem(well: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip installs on Linux by itself."""
+    answer = {"built": True, "devices": [], "error": "RuntimeError: Found no NVIDIA driver on your system. Please check …"}
+    cuda(monkeypatch, f"print({json.dumps(answer)!r})")
+    found = look()
+    assert (found["cuda"].mark, found["cuda"].says) == (NEITHER, "torch is built for it; no NVIDIA driver here")
+    assert doctor.healthy(found.values())
 
 
 def test_espeak_speaks_or_says_why_not(well: Server, monkeypatch: pytest.MonkeyPatch) -> None:

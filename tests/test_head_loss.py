@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import nano_gpt, reference, tiny_hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from omni_adapters import Features, SoftTokenPrepender, head_loss, loss
 from omni_adapters.anatomy import loss_of
 from omni_adapters.lora import inject_lora
+from omni_adapters.reference_gpt import GPT
 from omni_adapters.shapes import BadInput
 
 # fp32: a loss is a sum of some hundred terms of order 1, a gradient one of some thousand; either has 2⁻²⁴ a term
@@ -183,6 +185,76 @@ def test_an_omni_gpt_trains_with_it_and_a_silent_batch_has_its_gradient_of_zero(
 class Doubling(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 2
+
+
+class AuxiliaryLoss(GPT):
+    """As mixtures of experts have one, in training mode only."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
+        result = super().forward(idx, targets, **kwargs)
+        return result + 0.01 * self.training if targets is not None else result
+
+
+class ZLoss(GPT):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if targets is None:
+            return super().forward(idx)
+        return super().forward(idx, targets) + 1e-3 * super().forward(idx).logsumexp(-1).square().mean()
+
+
+class Smoothed(GPT):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
+        logits = super().forward(idx)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, label_smoothing=0.1)
+
+
+def of_class(kind: type[GPT]) -> GPT:
+    gpt = reference()
+    gpt.__class__ = kind
+    return gpt
+
+
+@pytest.mark.parametrize("kind", [AuxiliaryLoss, ZLoss, Smoothed])
+def test_a_loss_of_the_hosts_own_is_its_own(kind: type[GPT], monkeypatch: pytest.MonkeyPatch, fused: list[int]) -> None:
+    """Else "auto" would leave out a term as soon as a batch is large enough."""
+    monkeypatch.setattr(loss, "WORTH_CHUNKING", 0)
+    with pytest.raises(BadInput, match="a loss that is more than the cross-entropy of the logits"):
+        SoftTokenPrepender(of_class(kind), loss="fused")
+    gpt = of_class(kind).train()
+    own = SoftTokenPrepender(gpt)(*batch(32))
+    assert own != SoftTokenPrepender(reference())(*batch(32))
+    assert torch.equal(SoftTokenPrepender(of_class(kind).train(), loss="auto")(*batch(32)), own) and not fused
+
+
+def test_a_hook_on_the_heads_gradient_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, fused: list[int]) -> None:
+    monkeypatch.setattr(loss, "WORTH_CHUNKING", 0)
+    prepender, (idx, targets, soft) = SoftTokenPrepender(reference(), loss="auto"), batch(32)
+    prepender.gpt.lm_head.register_full_backward_hook(lambda module, given, out: (given[0] * 0,))
+    prepender(idx, targets, soft).backward()
+    assert not fused and not soft.values.grad.any()
+    prepender.loss = "fused"
+    with pytest.raises(BadInput, match="somebody's hook may change"):
+        prepender(idx, targets, soft)
+
+
+@pytest.mark.parametrize("form", ["host", "fused"])
+def test_a_transformers_host_has_every_reduction(form: Any) -> None:
+    prepender, losses = SoftTokenPrepender(tiny_hf(), loss=form), {}
+    idx, targets, soft = batch(prepender.anatomy.n_embd)
+    for reduction in ("none", "sum", "mean"):
+        losses[reduction] = prepender(idx, targets, soft, loss_reduction=reduction).loss
+    assert losses["none"].shape == (targets.numel(),) and not losses["none"][targets.flatten() == -1].any()
+    torch.testing.assert_close(losses["none"].sum(), losses["sum"])
+    torch.testing.assert_close(losses["mean"] * (targets != -1).sum(), losses["sum"])
+
+
+def test_a_head_that_was_exchanged_is_named() -> None:
+    prepender, (idx, targets, _) = SoftTokenPrepender(reference(), loss="fused"), batch(32)
+    prepender.gpt.lm_head = nn.Linear(32, 128, bias=False)
+    with pytest.raises(BadInput, match=r"did not call the lm_head it had; expected .* Build a new prepender"):
+        prepender(idx, targets)
 
 
 def with_head(head: nn.Module) -> nn.Module:

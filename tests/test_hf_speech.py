@@ -369,11 +369,14 @@ def test_no_word_of_torch_about_masks(opened):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_weights(checkpoint, opened, kind):
-    """Roundings by 2⁻⁹ of values to 4 in ten places: some hundredths each."""
-    half, inputs = HFSpeechEncoder(checkpoint(kind), dtype=torch.bfloat16), opened(kind).preprocess([sound(6_000), sound(4_000)])
+def test_half_precision_weights(checkpoint, kind):
+    """Roundings by 2⁻⁹ of values to 4 in ten places: some hundredths each. Groups of 16 channels, since oneDNN's bfloat16
+    convolution of fewer is wrong on CPUs with AMX (torch 2.9 to 2.13); released checkpoints have 48 and more."""
+    directory = checkpoint(kind, **({} if kind == "bert" else {"num_conv_pos_embedding_groups": 2}))
+    half, whole = HFSpeechEncoder(directory, dtype=torch.bfloat16), HFSpeechEncoder(directory)
+    inputs = whole.preprocess([sound(6_000), sound(4_000)])
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    came, expected = half(inputs).values, opened(kind)(inputs).values
+    came, expected = half(inputs).values, whole(inputs).values
     assert came.dtype == torch.bfloat16 and (came.float() - expected).abs().mean() < 0.05
 
 

@@ -369,6 +369,29 @@ def test_compiled_in_one_graph() -> None:
     assert all(p.grad is not None for p in lora_parameters(gpt))
 
 
+def test_one_target_may_be_a_plain_string() -> None:
+    assert inject_lora(reference(), 4, targets="mlp") == inject_lora(reference(), 4, targets=("mlp",))
+    with pytest.raises(BadInput, match=r"targets \('lm',\) at rank 999"):
+        inject_lora(reference(), 999, targets="lm")
+
+
+def test_a_form_that_is_none_is_refused() -> None:
+    layer = LoRALinear(nn.Linear(6, 5), 2)
+    layer.form = "mergd"  # type: ignore[assignment]
+    with pytest.raises(BadInput, match="form = 'mergd'; expected one of auto, merged, two_path"):
+        layer(torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_merge_is_exact_whatever_autocast_says(dtype: torch.dtype) -> None:
+    layer = LoRALinear(nn.Linear(64, 48, bias=False, dtype=dtype), 8)
+    nn.init.normal_(layer.lora_b)
+    exact = layer.weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge()
+    assert float((layer.weight.double() - exact).abs().max()) <= 16 * torch.finfo(dtype).eps * float(exact.abs().max())
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +401,8 @@ def test_compiled_in_one_graph() -> None:
     (lambda gpt: inject_lora(gpt, targets=("convolution",)), r"targets \('convolution',\)"),
     (lambda gpt: inject_lora(gpt, rank=4, dropout=1.0), "dropout = 1.0; expected 0 ≤ dropout < 1"),
     (lambda gpt: inject_lora(gpt, rank=4, alpha=float("nan")), "alpha = nan"),
+    (lambda gpt: inject_lora(gpt, rank=4, alpha="16"), "alpha = '16'; expected a finite alpha"),  # type: ignore[arg-type]
+    (lambda gpt: inject_lora(gpt, rank=True), "rank = True; expected an integer"),
     (lambda gpt: LoRALinear(gpt), "a GPT; expected an nn.Linear without LoRA"),
     (lambda gpt: lora_parameters(gpt), r"without LoRA; expected one with\. Call inject_lora"),
     (lambda gpt: merge_lora(gpt), "merge_lora: got a GPT without LoRA"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import peak_bytes
@@ -432,6 +434,25 @@ def test_auto_takes_chunks_where_they_win() -> None:
         assert torch.equal(linear_cross_entropy(*batch), linear_cross_entropy(*batch, impl="chunked" if rows == 600 else "plain"))
 
 
+# ---- other derivatives -------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_right_in_forward_mode_at_any_size() -> None:
+    """The operator has no rule for it, and a tangent without a rule is silently zero."""
+    for rows in (3, 600):
+        hidden, weight, targets = problem(rows, 8, 500, torch.float32)
+        loss_of = partial(linear_cross_entropy, weight=weight.detach(), targets=targets, softcap=15.0)
+        x = hidden.detach()
+        expected = torch.func.jvp(partial(loss_of, impl="plain"), (x,), (x,))[1]
+        assert expected != 0
+        torch.testing.assert_close(torch.func.jvp(loss_of, (x,), (x,))[1], expected)
+        with forward_ad.dual_level():
+            torch.testing.assert_close(forward_ad.unpack_dual(loss_of(forward_ad.make_dual(x, x))).tangent, expected)
+        torch.testing.assert_close(torch.func.grad(loss_of)(x), torch.func.grad(partial(loss_of, impl="plain"))(x))
+        with pytest.raises(BadInput, match=r"impl = 'chunked' under torch\.func or forward-mode"):
+            torch.func.jvp(partial(loss_of, impl="chunked"), (x,), (x,))
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +466,11 @@ def test_auto_takes_chunks_where_they_win() -> None:
     ({"targets": torch.full((9,), -2)}, "targets from -2 to -2"),
     ({"targets": torch.full((9,), -1)}, "9 rows, all of them ignored; expected a row to take the mean over"),
     ({"hidden": torch.zeros(9, 6, dtype=torch.int64)}, "hidden of torch.int64"),
+    ({"hidden": torch.zeros(9, 6, dtype=torch.float8_e5m2)}, "hidden of torch.float8_e5m2.* expected torch.float16, "),
+    ({"weight": torch.zeros(0, 6)}, r"weight \(0, 6\); expected a row for each word"),
+    ({"weight": torch.zeros(11, 6, device="meta")}, "hidden on cpu, weight on meta, targets on cpu; expected one device"),
+    ({"targets": torch.zeros(9, dtype=torch.int64, device="meta")}, "targets on meta; expected one device"),
+    ({"softcap": "15"}, "softcap = '15'"), ({"softcap": 1e39}, r"softcap = 1e\+39"),
     ({"softcap": 0}, "softcap = 0; expected a finite softcap > 0"), ({"softcap": -1.0}, "softcap = -1.0"),
     ({"softcap": math.inf}, "softcap = inf"), ({"softcap": math.nan}, "softcap = nan"),
     ({"reduction": "average"}, "reduction = 'average'; expected one of mean, sum, none"),

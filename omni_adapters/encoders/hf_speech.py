@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -217,9 +217,10 @@ class HFSpeechEncoder(nn.Module):
         found = [int(length) for length in lens.tolist()]
         frames = [self.num_frames(length) for length in found]
         encoded = values.new_zeros(values.size(0), self.num_frames(values.size(2)), self.d_model)
-        for batch in self.batches(found):
-            for chunk, row in zip(batch, self.encode([values[row, :, :steps] for row, _, steps in batch])):
-                encoded[chunk.row, :frames[chunk.row]] = row[:frames[chunk.row]]
+        with undisturbed_generator():
+            for batch in self.batches(found):
+                for chunk, row in zip(batch, self.encode([values[row, :, :steps] for row, _, steps in batch])):
+                    encoded[chunk.row, :frames[chunk.row]] = row[:frames[chunk.row]]
         return Features(encoded, torch.tensor(frames, device=encoded.device))
 
     def num_frames(self, steps: int) -> int:
@@ -287,6 +288,11 @@ class HFSpeechEncoder(nn.Module):
             if steps and not self.min_inputs <= steps <= values.size(2):
                 raise BadInput("HFSpeechEncoder", f"lens[{row}] = {steps} for values {shape(values.shape)}",
                                f"0, or {self.min_inputs} ≤ lens ≤ {values.size(2)}", "pass what preprocess returns")
+
+
+def undisturbed_generator() -> AbstractContextManager[None]:
+    """Some releases of transformers (5.17) draw a number a layer for layer drop in eval mode too. A graph draws none."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.random.fork_rng(devices=[])
 
 
 def check_seconds(max_seconds: object, batch_seconds: object) -> None:
