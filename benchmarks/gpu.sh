@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# On one GPU, in at most 8 minutes: the library's tests, the CUDA suite, then the kernels' tests and the suite's loss bench.
+# On one GPU, in at most 8 minutes: the machine's roofs, kernels and library against fp64, then the CUDA suite.
 #   OUT=benchmarks/results/h200 bash benchmarks/gpu.sh
-# Everything ends up in $OUT and $OUT/loss (16 files at most). What runs kernels of our own comes last and in processes of its
-# own: an illegal access ends a CUDA context, and takes with it whatever else would have been measured there.
+# Everything ends up in $OUT and $OUT/loss; with PACK=1 in $OUT/results.tgz alone, written anew after each step, for machines
+# from which few files come back. What runs kernels of our own runs in processes of its own: an illegal access ends a CUDA
+# context, and takes with it whatever else would have been measured there.
 # COMMIT names what runs where there is no .git; MINUTES and SECONDS_PER_GROUP bound the suite.
 # Needs torch with CUDA, transformers, peft, pytest, hypothesis, tqdm and matplotlib; the library itself need not be installed.
 # Optional baselines (liger-kernel, cut-cross-entropy) are installed from wheels/ where that folder holds them.
@@ -12,31 +13,30 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
+SECONDS_PER_GROUP=${SECONDS_PER_GROUP:-1.5}
 status=0
-mkdir -p "$OUT/loss"
-progress=$(mktemp) || progress=/dev/null
+mkdir -p "$OUT"
+found=$OUT
+if [ "${PACK:-}" = 1 ]; then found=$(mktemp -d); fi
+mkdir -p "$found/loss"
+
+step() {  # seconds, log, command: all that it prints is shown and kept
+    local limit=$1 log=$2
+    shift 2
+    echo "== $log"
+    timeout -k 5 "$limit" "$PYTHON" "$@" 2>&1 | tee "$found/$log" || status=1
+    if [ "$found" != "$OUT" ]; then
+        tar -czf "$OUT/results.part" -C "$found" . && mv "$OUT/results.part" "$OUT/results.tgz" || status=1
+    fi
+}
 
 if compgen -G "wheels/*.whl" >/dev/null; then
-    timeout -k 10 10 "$PYTHON" -m pip install --quiet --no-index --no-deps --disable-pip-version-check wheels/*.whl || status=1
+    step 10 wheels.log -m pip install --quiet --no-index --no-deps --disable-pip-version-check wheels/*.whl
 fi
-
-echo "== the library on CUDA"
-timeout -k 10 60 "$PYTHON" -m pytest -v -p no:cacheprovider tests/test_cuda.py 2>&1 | tee "$OUT/library.log" || status=1
-
-echo "== suite"
-timeout -k 10 180 "$PYTHON" -m benchmarks --suite full --device cuda --bench lora step decode encoder --out "$OUT" \
-    --seconds "${SECONDS_PER_GROUP:-1.5}" --minutes "${MINUTES:-2}" 2>"$progress" | tee "$OUT/suite.txt" || status=1
-tail -c 4000 "$progress" || status=1
-
-echo "== kernels on CUDA"
-timeout -k 10 80 "$PYTHON" -m pytest -v -p no:cacheprovider -k cuda tests/test_kernels.py 2>&1 | tee "$OUT/kernels.log" || status=1
-
-echo "== suite: loss"
-timeout -k 10 60 "$PYTHON" -m benchmarks --suite full --device cuda --bench loss --out "$OUT/loss" \
-    --seconds "${SECONDS_PER_GROUP:-1.5}" 2>"$progress" | tee "$OUT/loss/suite.txt" || status=1
-tail -c 4000 "$progress" || status=1
-
-for folder in "$OUT" "$OUT/loss"; do  # cut short: pictures of what there is
-    if [ ! -f "$folder/ratios.png" ]; then timeout -k 10 10 "$PYTHON" -m benchmarks show "$folder" || status=1; fi
-done
+step 25 roofs.json -m benchmarks.roofs --device cuda
+step 85 kernels.log -m pytest -v -p no:cacheprovider -k cuda tests/test_kernels.py
+step 75 library.log -m pytest -v -p no:cacheprovider tests/test_cuda.py
+step 165 suite.txt -m benchmarks --suite full --device cuda --bench lora decode encoder step --out "$found" \
+    --seconds "$SECONDS_PER_GROUP" --minutes "${MINUTES:-2}"
+step 75 loss/suite.txt -m benchmarks --suite full --device cuda --bench loss --out "$found/loss" --seconds "$SECONDS_PER_GROUP"
 exit "$status"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ def groups(suite: Suite, device: Device) -> Iterator[Group]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for case, size in cases(suite, device):
         yield group(case, size, dtype, suite, device)
+        if case is FROZEN and size == SIZES[suite, device]:
+            yield kernels_alone(size, device)
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
@@ -137,11 +139,14 @@ def why_not(impl: str, case: Case, device: Device) -> str:
 
 
 def others(case: Case, device: Device) -> Iterator[tuple[str, Loss | str]]:
-    """Liger-Kernel as it comes and with larger chunks; cut-cross-entropy as it comes and with no gradient left out."""
-    for name, extra in (("liger", {}), ("liger, chunk_mem_const=16", {"chunk_mem_const": 16})):
+    """Liger-Kernel as it comes, with larger chunks, and with the weight's gradient summed in fp32; cut-cross-entropy as it comes,
+    and with no gradient left out and sums in fp32."""
+    ligers: dict[str, dict[str, Any]] = {"liger": {}, "liger, chunk_mem_const=16": {"chunk_mem_const": 16},
+                                         "liger, fp32 sums": {"accum_dtype": torch.float32}}
+    for name, extra in ligers.items():
         yield name, missing("liger_kernel", device) or built(partial(liger, case, extra))
-    for name, extra in (("cce", {}), ("cce, exact", {"filter_eps": None})):
-        yield name, missing("cut_cross_entropy", device) or built(partial(cut_cross_entropy, case, extra))
+    for name, impl in (("cce", "cce"), ("cce, exact", "cce_exact")):
+        yield name, missing("cut_cross_entropy", device) or built(partial(cut_cross_entropy, case, impl))
 
 
 def missing(package: str, device: Device) -> str:
@@ -156,7 +161,7 @@ def built(make: Callable[[], Loss | str]) -> Loss | str:
         return sentence(failure)
 
 
-def liger(case: Case, extra: dict[str, int]) -> Loss | str:
+def liger(case: Case, extra: dict[str, Any]) -> Loss | str:
     from inspect import signature
 
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
@@ -172,9 +177,9 @@ def liger(case: Case, extra: dict[str, int]) -> Loss | str:
     return loss
 
 
-def cut_cross_entropy(case: Case, extra: dict[str, None]) -> Loss:
+def cut_cross_entropy(case: Case, impl: str) -> Loss:
     from cut_cross_entropy import linear_cross_entropy as cut
-    return lambda hidden, weight, targets: cut(hidden, weight, targets, ignore_index=-1, softcap=case.softcap, **extra)
+    return lambda hidden, weight, targets: cut(hidden, weight, targets, ignore_index=-1, softcap=case.softcap, impl=impl)
 
 
 def variant(name: str, loss_of: Loss | str, tensors: tuple[Tensor, Tensor, Tensor], exact: list[Tensor]) -> Variant:
@@ -182,11 +187,46 @@ def variant(name: str, loss_of: Loss | str, tensors: tuple[Tensor, Tensor, Tenso
     if isinstance(loss_of, str):
         return Variant(name, why=loss_of)
     try:
-        off = [float((one - other).square().mean().sqrt() / other.square().mean().sqrt())
-               for one, other in zip(came(loss_of, tensors), exact)]
+        off = [relative(one, other) for one, other in zip(came(loss_of, tensors), exact)]
     except Exception as failure:
         return Variant(name, why=sentence(failure)) if name.startswith(FOREIGN) else raising(name, failure)
     return Variant(name, partial(step, loss_of, *tensors), error=worst(off), trained=tensors[:2])
+
+
+# ---- the kernels alone -----------------------------------------------------------------------------------------------
+
+
+def kernels_alone(size: Size, device: Device) -> Group:
+    """The two GEMMs of "triton" in each of their tilings, without what a host does before the first: what a whole step loses
+    there says nothing of a kernel, and which tiles to ship is asked here."""
+    case, shipped = f"frozen, kernels alone, N={size.N}, C={size.C}, V={size.V}, bfloat16", "two a SM"
+    if why := why_not("triton", FROZEN, device):
+        return Group("loss", case, shipped, [Variant(shipped, why=why)])
+    from omni_adapters.kernels import linear_cross_entropy as kernels
+
+    hidden, weight, targets = batch(FROZEN, size, device, torch.bfloat16)
+    exact = came(partial(linear_cross_entropy, softcap=FROZEN.softcap, impl="chunked"),
+                 (hidden.detach().double().requires_grad_(), weight.double(), targets))
+    x, rows, dx = hidden.detach(), torch.arange(size.N, device=device), torch.empty_like(hidden)
+
+    def run(config: kernels.Config) -> Tensor:
+        return kernels.bounded(x, weight, targets, rows, FROZEN.softcap or 0.0, 1 / size.N, dx, config=config)
+
+    made = []
+    for name, config in kernels.CANDIDATES.items():
+        try:
+            off = [relative(run(config).mean().double(), exact[0]), relative(dx.double(), exact[1])]
+        except Exception as failure:
+            made.append(raising(name, failure))
+            continue
+        made.append(Variant(name, partial(run, config), error=worst(off), flops=4 * size.N * size.C * size.V,
+                            bytes=2 * size.C * (2 * size.N + 2 * size.V)))
+    return Group("loss", case, shipped, made, 2**-8)  # a rounding of bf16; eager's own is larger
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Root mean square of the difference, of what is expected."""
+    return float((one - other).square().mean().sqrt() / other.square().mean().sqrt())
 
 
 def came(loss_of: Loss, tensors: tuple[Tensor, ...]) -> list[Tensor]:

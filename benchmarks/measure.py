@@ -3,6 +3,8 @@
 Notable:
 - the order turns by one each round: no variant always runs in the wake of the same neighbour
 - a first call apart (`first_ms`: compilation, allocation), then rounds until the group's seconds are spent, three at least
+- a step begins on a device with nothing left to do: one that is shorter than its launches is a latency, not the pace of a loop
+  that runs ahead of its device
 - CUDA events around a step: what the device took, gaps between launches included; caches are not flushed between steps,
   since a step of a training run finds them as the step before has left them
 - a variant that raises is a row "failed", one whose error is beyond its bound a row "invalid" without times, one that cannot

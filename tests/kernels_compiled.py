@@ -68,6 +68,17 @@ def test_the_gemms(capability: int, tmp_path: Path) -> None:
         assert MATMUL[capability] in ptx and "cp.async" in ptx
 
 
+@pytest.mark.parametrize("name", [name for name, one in kernels.CANDIDATES.items() if one is not kernels.CONFIGS[9, 0]])
+def test_candidates_fit_sm_90(name: str, tmp_path: Path) -> None:
+    """Which of them is fastest is for a GPU to say; a launch that asks for too much would say nothing."""
+    for kernel, tiles, constants in (
+            (kernels.exponentials, kernels.CANDIDATES[name].exponentials, {"V": V, "GRADIENT": True}),
+            (kernels.products, kernels.CANDIDATES[name].products, {"EVEN": True, "FIRST": False})):
+        ptx = check(kernel, 90, tiles.options(), tmp_path, C=C, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth,
+                    **constants)
+        assert MATMUL[90] in ptx and "cp.async" in ptx
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_what_goes_by_row(capability: int, tmp_path: Path) -> None:
     check(kernels.finish, capability, {"num_warps": 4}, tmp_path, C=C, TILES=256, BLOCK=1024, GRADIENT=True)

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import types
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -229,7 +230,9 @@ def test_losses_of_one_kind_are_one_panel_whatever_their_rows(tmp_path: Path, mo
     monkeypatch.setattr(loss, "MORE_ROWS", {"cpu": (16, 256)})
     monkeypatch.setattr(loss, "contenders", lambda case, *_: [("naive", loss.partial(loss.naive, softcap=case.softcap))])
     made = list(loss.groups("full", "cpu"))
-    assert [report.num_rows(group.case) for group in made] == [64, 64, 64, 64, 16, 256]
+    assert [report.num_rows(group.case) for group in made] == [64, 64, 64, 64, 64, 16, 256]
+    assert made[1].case.startswith("frozen, kernels alone") and made[1].variants[0].why == "needs CUDA and triton"
+    made = [group for group in made if "alone" not in group.case]
     assert made[2].case == "1 rows supervised, N=64, C=8, V=32, float32"  # 32 of 1500 are 1 of 64
     rows = [row for group in made for row in measure_group(group, "cpu", ROOFS, 0.0)]
     assert all(row.status == "ok" and row.peak_bytes for row in rows)
@@ -347,7 +350,7 @@ def test_minutes_end_a_bench_with_a_row(run: Any) -> None:
 def test_a_name_that_is_no_bench_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         suite.main(["--bench", "losses"])
-    assert "no bench losses; there are lora, step" in capsys.readouterr().err
+    assert "no bench losses; there are lora, decode" in capsys.readouterr().err
 
 
 # ---- the benches -----------------------------------------------------------------------------------------------------------
@@ -455,9 +458,10 @@ def test_compiled_steps_are_a_group_behind_the_eager_one(monkeypatch: pytest.Mon
     assert {variant.name for variant in eager.variants} == {*step.EAGER, *(name + HEADLESS for name in step.EAGER[:2])}
     assert not asked  # eager rows are there before anything is compiled
     (behind,) = both
-    assert behind.case == f"{eager.case}, compiled" and behind.baseline == "hand-patched" and asked == [*step.COMPILED]
-    assert [variant.name for variant in behind.variants] == ["hand-patched", *step.COMPILED, *step.GRAPHS]
-    assert behind.variants[0].error == eager.variants[0].error and not behind.variants[-1].step
+    assert behind.case == f"{eager.case}, compiled" and behind.baseline == "hand-patched" and set(asked) == {*step.COMPILED}
+    assert [variant.name for variant in behind.variants] == ["hand-patched", *step.COMPILING]
+    assert set(step.COMPILING) == {*step.COMPILED, *step.GRAPHS} and behind.variants[0].error == eager.variants[0].error
+    assert all((variant.step is None) == (variant.name in step.GRAPHS) for variant in behind.variants)
 
 
 def test_cases_of_the_suite() -> None:
@@ -496,23 +500,39 @@ def test_encoders_are_measured_without_tf32_and_leave_it_as_it_was(monkeypatch: 
 def test_gpu_script_can_be_read() -> None:
     subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=ROOT, check=True)
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
-    code = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    limits = [(int(limit), int(killed)) for line in code for killed, limit in re.findall(r"timeout -k (\d+) (\d+) ", line)]
-    assert len(limits) == sum(line.count("timeout") for line in code) == sum(line.count('"$PYTHON"') for line in code) == 6
-    shown = limits[-1]  # for two folders
-    assert sum(map(sum, [*limits, shown])) <= 480  # seconds, with the time in which a process may resist
+    limits = [int(limit) for limit in re.findall(r"^ *step (\d+) ", text, re.MULTILINE)]
+    assert len(limits) == 6 and text.count("timeout") == 1 and "timeout -k 5 " in text
+    assert sum(limits) + 5 * len(limits) <= 480  # seconds, with the time in which a process may resist
+
+
+def run_gpu_script(tmp_path: Path, python: str, **variables: str) -> tuple[int, list[str]]:
+    """With an interpreter that notes how it is called: exit code and calls."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> "$CALLS"\n{python}\n')
+    (tmp_path / "python").chmod(0o755)
+    own = {"OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python"), "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=os.environ | own | variables, capture_output=True)
+    return done.returncode, [line for line in (tmp_path / "calls").read_text().splitlines() if " pip " not in line]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_gpu_script_goes_on_past_what_fails(tmp_path: Path) -> None:
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> "$CALLS"\nexit 3\n')
-    (tmp_path / "python").chmod(0o755)
-    variables = {"OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python"), "CALLS": str(tmp_path / "calls")}
-    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=os.environ | variables, capture_output=True)
-    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " pip " not in line]
-    assert done.returncode == 1 and len(calls) == 6
+    code, calls = run_gpu_script(tmp_path, "exit 3")
+    assert code == 1 and len(calls) == 5 and calls[0] == "-m benchmarks.roofs --device cuda"
     first, second = (call.split("--bench ")[1].split(" --")[0].split() for call in calls if "--bench" in call)
-    assert second == ["loss"] and sorted(first + second) == sorted(suite.BENCHES)
+    assert second == ["loss"] and first + second == list(suite.BENCHES)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or not Path("/proc/self/status").exists(), reason="no bash, or no Linux")
+def test_gpu_script_packs_what_it_has(tmp_path: Path) -> None:
+    """After each step: the last one here ends the script."""
+    die = 'kill -9 $PPID $(awk "/PPid/ {print \\$2}" /proc/$PPID/status)'
+    code, calls = run_gpu_script(tmp_path, f'echo "said by $2"\ncase "$*" in *"--bench loss"*) {die};; esac', PACK="1")
+    assert code == -9 and len(calls) == 5
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.tgz"]
+    with tarfile.open(tmp_path / "out" / "results.tgz") as packed:
+        names = {member.name: member for member in packed.getmembers() if member.isfile()}
+        assert set(names) == {f"./{name}" for name in ("roofs.json", "kernels.log", "library.log", "suite.txt")}
+        assert packed.extractfile(names["./roofs.json"]).read() == b"said by benchmarks.roofs\n"  # type: ignore[union-attr]
 
 
 def test_the_page_says_what_was_measured() -> None:
