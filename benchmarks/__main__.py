@@ -16,10 +16,12 @@ import argparse
 import gc
 import importlib
 import importlib.util
+import math
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -168,6 +170,12 @@ def run(command: list[str]) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
     args.seconds = SECONDS[args.suite] if args.seconds is None else args.seconds
+    try:  # before minutes of measuring
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     header = make_header(args, without_out(command))
     print(report.header_lines(header), flush=True)
     rows = run_benches(args, header)
@@ -185,9 +193,10 @@ def show_rows(out: Path, header: dict[str, Any], rows: list[Row]) -> None:
 
 def show(command: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks show", description="A report's table, and its pictures again.")
-    parser.add_argument("out", type=Path, help="folder with a suite.json")
+    parser.add_argument("out", type=Path, help="a suite.json, or its folder")
     out = parser.parse_args(command).out
     header, rows = report.read(out)
+    out = out if out.is_dir() else out.parent
     print(report.header_lines(header))
     show_rows(out, header, rows)
     return 0
@@ -198,8 +207,11 @@ def compare(command: list[str]) -> int:
     parser.add_argument("a", type=Path, help="suite.json, or its folder: the one before")
     parser.add_argument("b", type=Path, help="the one after")
     parser.add_argument("--fail-above", type=float, metavar="RATIO",
-                        help="exit 1 if a row takes more than RATIO × its former time, beyond its spread, or was ok and is not")
+                        help="exit 1 if a row takes more than RATIO × its former time, beyond its spread, or was ok and is "
+                        "not, or is not there")
     args = parser.parse_args(command)
+    if args.fail_above is not None and not 0 < args.fail_above < math.inf:
+        parser.error(f"--fail-above {args.fail_above}: a finite ratio above 0")
     found = report.compare(report.read(args.a), report.read(args.b), args.fail_above)
     print("\n".join(found.lines))
     if found.worse:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import omni_adapters
 from omni_adapters import Features, OmniGPT, Projector
-from omni_adapters.cost import MACHINES, table
+from omni_adapters.cost import MACHINES, Prediction, predict, table
 from omni_adapters.encoders.log_mel import LogMelEncoder
 from omni_adapters.lora import Form, lora_by_path
 from omni_adapters.reference_gpt import GPT, GPTConfig
@@ -45,25 +45,7 @@ from omni_adapters.step_counts import (
 DEPTHS = (12, 20, 26)
 GPUS = (1, 8, 64)
 H100 = MACHINES["h100"]
-GPU_BYTES, PEAK, PEAK_TF32 = H100.memory, H100.matmul, H100.fp32  # the recipes allow TF32 for fp32 masters
-NVLINK, NETWORK, GPUS_PER_NODE = H100.link, H100.network, H100.gpus_per_node
-UTILISATION = 0.40  # share of either peak that is assumed, not measured
-
-
-# ---- seconds ----------------------------------------------------------------------------------------------------------
-
-
-def work_seconds(gpt: Sizes, own: Adapter, batch: Batch) -> float:
-    """Computed, not measured: UTILISATION of the peak in bf16, for the projector in TF32."""
-    work = flops(gpt, own, batch)
-    projector = work.pop("projector")
-    return (sum(work.values()) / PEAK + projector / PEAK_TF32) / UTILISATION
-
-
-def step_seconds(gpt: Sizes, own: Adapter, batch: Batch, engine: Engine, num_gpus: int) -> float:
-    """Computed, not measured: the work, then traffic at wire speed, nothing overlapped."""
-    link = NVLINK if num_gpus <= GPUS_PER_NODE else NETWORK
-    return work_seconds(gpt, own, batch) + traffic(gpt, own, engine, num_gpus) / link
+GPU_BYTES = H100.memory
 
 
 # ---- the formula against a real graph --------------------------------------------------------------------------------------
@@ -179,6 +161,12 @@ def measure() -> list[dict[str, Any]]:
 # ---- tables --------------------------------------------------------------------------------------------------------------
 
 STAGES = ((1, 0), (2, 16))  # stage, LoRA's rank
+ENGINES: tuple[Engine, ...] = ("ddp", "fsdp2")
+
+
+def predicted(gpt: Sizes, own: Adapter, stage: int, engine: Engine = "ddp", num_gpus: int = 1) -> Prediction:
+    """What `omni-adapters cost` says of H100s."""
+    return predict(H100, gpt, own, Batch(), num_gpus=num_gpus, stage="1" if stage == 1 else "2", engine=engine)
 
 
 def cases() -> Iterator[tuple[int, int, Sizes, Adapter]]:
@@ -217,7 +205,7 @@ def memory_table() -> str:
         encoder = whisper_encoder()
         alone = memory(gpt, own, Batch(), encoder=encoder)
         eight = {engine: sum(memory(gpt, own, Batch(), engine=engine, num_gpus=8, encoder=encoder).values())
-                 for engine in ("ddp", "fsdp2")}
+                 for engine in ENGINES}
         fit = rows_that_fit(gpt, own, Batch(), num_gpus=8, encoder=encoder)
         parts = [alone[name] for name in ("frozen", "casts", "trained", "activations", "logits")]
         rows.append([f"d{depth}", str(stage), *(f"{n / 1e9:.2f}" for n in [*parts, sum(alone.values()), *eight.values()]),
@@ -231,10 +219,10 @@ def step_table() -> str:
     for depth, stage, gpt, own in cases():
         work = flops(gpt, own, Batch())
         cells = [f"{sum(work.values()) / 1e12:.2f}", f"{work['projector'] / 1e12:.2f}",
-                 f"{1e3 * work_seconds(gpt, own, Batch()):.0f}"]
-        for engine in ("ddp", "fsdp2"):
-            sent = traffic(gpt, own, engine, 8)
-            cells += [f"{sent / 1e6:,.0f}", f"{1e3 * sent / NVLINK:.1f}", f"{1e3 * traffic(gpt, own, engine, 64) / NETWORK:.0f}"]
+                 f"{1e3 * predicted(gpt, own, stage).step_seconds:.1f}"]
+        for engine in ENGINES:
+            took = [1e3 * predicted(gpt, own, stage, engine, num_gpus).traffic_seconds for num_gpus in GPUS[1:]]
+            cells += [f"{traffic(gpt, own, engine, 8) / 1e6:,.0f}", *(f"{ms:.1f}" for ms in took)]
         rows.append([f"d{depth}", str(stage), *cells])
     return table(["", "stage", "TFLOP", "projector's", "ms", "DDP sends (MB)", "ms, 8 GPUs", "ms, 64 GPUs", "FSDP2 sends (MB)",
                   "ms, 8 GPUs", "ms, 64 GPUs"], rows)
@@ -243,15 +231,11 @@ def step_table() -> str:
 def speed_table() -> str:
     rows = []
     for depth in DEPTHS:
-        for gpus in GPUS:
-            cells = []
-            for _, rank in STAGES:
-                gpt = sizes(depth)
-                own = adapter(gpt, rank=rank)
-                for engine in ("ddp", "fsdp2"):
-                    seconds = step_seconds(gpt, own, Batch(), engine, gpus)
-                    cells.append("–" if gpus == 1 and engine == "fsdp2" else f"{gpus * Batch().slots / seconds / 1e3:,.0f}")
-            rows.append([f"d{depth}", str(gpus), *cells, "not yet measured"])
+        for num_gpus in GPUS:
+            cells = ["–" if num_gpus == 1 and engine == "fsdp2" else
+                     f"{predicted(gpt, own, stage, engine, num_gpus).tokens_per_second / 1e3:,.0f}"
+                     for d, stage, gpt, own in cases() if d == depth for engine in ENGINES]
+            rows.append([f"d{depth}", str(num_gpus), *cells, "not yet measured"])
     return table(["", "GPUs", "stage 1, DDP", "stage 1, FSDP2", "stage 2, DDP", "stage 2, FSDP2", "measured"], rows)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -123,9 +124,18 @@ def replace(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """A suite.json, or the folder it is in."""
-    found = json.loads((path / "suite.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-    return found["header"], [Row(**row) for row in found["rows"]]
+    """A suite.json, or the folder it is in. SystemExit 2 names what is no report."""
+    path = path / "suite.json" if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        header, rows = found["header"], [Row(**row) for row in found["rows"]]
+        header_lines(header)
+        if any(row.status == "ok" and None in (row.p20_ms, row.p50_ms, row.p80_ms) for row in rows):
+            raise ValueError("a row is ok and has no time")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path} is no report of python -m benchmarks: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return header, rows
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -349,8 +359,8 @@ def draw_share(rows: list[Row], header: dict[str, Any], title: str, path: Path) 
 
 
 class Comparison(NamedTuple):
-    """`lines` to print; `worse`: names of rows that are slower by more than asked for and beyond their spread, or not ok
-    where they were."""
+    """`lines` to print; `worse`: names of rows that are slower by more than asked for and beyond their spread, or not ok, or
+    not there, where they were ok."""
 
     lines: list[str]
     worse: list[str]
@@ -374,6 +384,8 @@ def compare(a: tuple[dict[str, Any], list[Row]], b: tuple[dict[str, Any], list[R
     old, new = {key(row): row for row in a[1]}, {key(row): row for row in b[1]}
     for name in old:
         if name not in new:
+            if old[name].status == "ok":
+                worse.append(" · ".join(name))
             continue
         label, one, other = " · ".join(name), old[name], new[name]
         if one.status != "ok" or other.status != "ok":

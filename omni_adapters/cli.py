@@ -105,7 +105,7 @@ def add_cost(options: argparse.ArgumentParser) -> None:
                          "everything (default %(default)s)")
     options.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 1000], help="how many (default 1 8 64 1000)")
     options.add_argument("--engine", choices=("ddp", "fsdp2"), default="ddp", help="default %(default)s")
-    options.add_argument("--overlap", action="store_true", help="traffic beside the work, not after it")
+    options.add_argument("--overlap", action="store_true", help="traffic beside the work, not after it; not in stage 1 under DDP")
     options.add_argument("--price", type=float, default=3.0, help="USD for a GPU and hour: an assumption (default %(default).2f)")
     options.add_argument("--rank", type=int, default=16, help="of LoRA (default %(default)s)")
     options.add_argument("--stack", type=int, default=8, help="features that make a soft token (default %(default)s)")

@@ -189,6 +189,9 @@ def cost(*, gpu: str = "h200", depth: int = 12, soft: int = 188, text: int = 256
         raise BadInput("options", f"--frame-rate {rate}", f"features a second, above 0, at most {MOST:,}")
     if not 0 <= price <= MOST:
         raise BadInput("options", f"--price {price}", f"USD for a GPU and hour, 0 to {MOST:,}")
+    if overlap and stage == "1" and engine == "ddp":
+        raise BadInput("options", "--overlap in stage 1 under DDP", "a stage with gradients to send while backward runs",
+                       "leave it out: the projector's gradients, all there are, come last")
     size, rows = sizes(depth, vocab_size=vocab_size), Batch(batch, soft, text, stack)
     if stage == "2" and rank > size.n_embd:
         raise BadInput("options", f"--rank {rank}", f"at most {size.n_embd}, the width of a GPT of depth {depth}")

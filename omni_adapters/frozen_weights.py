@@ -110,6 +110,10 @@ def cast_frozen(gpt: nn.Module, dtype: torch.dtype) -> CastWeights:
     if dtype not in (torch.bfloat16, torch.float16):
         raise BadInput(WHERE, f"dtype = {dtype}", "torch.bfloat16 or torch.float16, narrower than the masters")
     chosen = casting_layers(unwrap(gpt), dtype)
+    if not chosen and any(isinstance(getattr(hook, "__self__", None), CastWeights) for module in unwrap(gpt).modules()
+                          for hook in module._forward_pre_hooks.values()):
+        raise BadInput(WHERE, f"a {type(unwrap(gpt)).__name__} that was cast already", "weights as they came",
+                       "call restore() of what the first call returned")
     if not chosen:
         raise BadInput(WHERE, f"a {type(unwrap(gpt)).__name__} without a frozen fp32 weight that its layer casts itself",
                        "linear layers that cast as nanochat's do, frozen and without LoRA", "freeze the GPT first")

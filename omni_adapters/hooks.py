@@ -23,6 +23,7 @@ from omni_adapters.shapes import BadInput
 from omni_adapters.splice import FILLER, SoftTokens, Splice, recognise, text_after
 
 ValueEmbeds = Literal["zero", "placeholder", "learned"]
+IN_FLIGHT = ("busy", "splice", "entry", "want_hidden", "hidden", "bound", "recomputation", "tails")
 
 
 @dataclass
@@ -43,6 +44,13 @@ class HostHooks:
     def __init__(self, gpt: nn.Module, anatomy: Anatomy, value_embeds: ValueEmbeds,
                  side_rows: nn.ParameterDict) -> None:
         self.anatomy, self.value_embeds, self.side_rows = anatomy, value_embeds, side_rows
+        self.sleep()
+        self.handles = self.add(unwrap(gpt))
+        self.attached = True
+        forget_compiled(gpt)
+
+    def sleep(self) -> None:
+        """No forward is in flight, none is remembered, and no cache is known."""
         self.busy = False                      # our own forward runs, with or without a splice
         self.splice: Splice | None = None
         self.entry: Entry | None = None        # what that forward is remembered by
@@ -51,9 +59,14 @@ class HostHooks:
         self.bound: Bound | None = None
         self.recomputation = Recomputation()
         self.tails: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
-        self.handles = self.add(unwrap(gpt))
-        self.attached = True
-        forget_compiled(gpt)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: what forwards leave behind stays behind, graphs and caches being elsewhere."""
+        return {name: value for name, value in vars(self).items() if name not in IN_FLIGHT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.sleep()
 
     def add(self, gpt: nn.Module) -> list[RemovableHandle]:
         module, anatomy = gpt.get_submodule, self.anatomy

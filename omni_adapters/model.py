@@ -117,6 +117,15 @@ class OmniGPT(nn.Module):
     def gpt(self) -> nn.Module:
         return self.prepender.gpt
 
+    @property
+    def loss(self) -> LossForm:
+        """Who computes the loss, as in SoftTokenPrepender; may be set at any time, after `load_adapter` too."""
+        return self.prepender.loss
+
+    @loss.setter
+    def loss(self, form: LossForm) -> None:
+        self.prepender.loss = form
+
     def senses(self) -> dict[str, Sense]:
         """By name, always in one order: "audio", then "image" where there is one."""
         eyes = {"image": Sense("image", self.image_encoder, self.image_projector)} if self.has_eyes else {}

@@ -205,8 +205,8 @@ def test_compare_says_slower_faster_or_same() -> None:
     assert "faster: 0.50 ×" in text and text.count(" same\n") == 1
     assert "broke: was ok, is failed (RuntimeError: no)" in text
     assert "only in the first: x · case · gone" in text and "only in the second: x · case · new" in text
-    assert found.worse == ["x · case · slower", "x · case · broke"]  # "same" is 1.5 × slower, within its spread
-    assert report.compare((HEADER, old), (HEADER, new), 1.3).worse == ["x · case · broke"]
+    assert found.worse == ["x · case · slower", "x · case · gone", "x · case · broke"]  # "same" is within its spread
+    assert report.compare((HEADER, old), (HEADER, new), 1.3).worse == ["x · case · gone", "x · case · broke"]
     assert report.compare((HEADER, old), (HEADER, new), None).worse == []
 
 
@@ -218,6 +218,31 @@ def test_compare_exits_1_where_asked_and_warns_of_another_device(tmp_path: Path,
     assert "are different devices" in capsys.readouterr().out
     assert suite.main(["compare", *folders, "--fail-above", "1.1"]) == 1
     assert suite.main(["compare", folders[1], folders[0], "--fail-above", "1.1"]) == 0
+
+
+@pytest.mark.parametrize("text", [
+    None, "", "[]", "{}", '{"header": {}, "rows": []}', json.dumps({"header": HEADER, "rows": [{"bench": "x"}]}),
+    json.dumps({"header": HEADER, "rows": [Row("x", "case", "a", "ok")._asdict()]}),
+], ids=["missing", "empty", "a list", "no header", "half a header", "half a row", "no time"])
+def test_what_is_no_report_is_named(text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "suite.json"
+    if text is not None:
+        path.write_text(text)
+    for command in (["show", str(tmp_path)], ["compare", str(path), str(path)]):
+        with pytest.raises(SystemExit) as error:
+            suite.main(command)
+        assert error.value.code == 2 and f"{path} is no report of python -m benchmarks" in capsys.readouterr().err
+
+
+def test_options_that_say_nothing_are_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(suite, "measure_roofs", None)
+    (tmp_path / "file").write_text("")
+    nothing = ["compare", "a", "b", "--fail-above", "nan"]
+    for command, said in ((["--out", str(tmp_path / "file")], "--out"), (nothing, "nan: a finite")):
+        with pytest.raises(SystemExit) as error:
+            suite.main(command)
+        assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_loss_case_says_its_rows() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -201,6 +201,7 @@ def test_traffic_is_a_ring_at_the_slowest_links_speed(num_gpus: int, engine: cou
        overlap=st.booleans(), online=st.booleans())
 def test_a_prediction_adds_up(gpu: str, depth: int, soft: int, text: int, batch: int, stage: Stage, engine: counts.Engine,
                               overlap: bool, online: bool) -> None:
+    assume(not (overlap and stage == "1" and engine == "ddp"))
     one, many = cost(gpu=gpu, depth=depth, soft=soft, text=text, batch=batch, stage=stage, engine=engine, overlap=overlap,
                      online=online, gpus=(1, 1000), price=2.5)
     work = sum(one.parts.values())
@@ -240,6 +241,7 @@ def test_stage_2_and_the_whole_gpt_keep_more() -> None:
     ({"gpus": [10**9]}, "--gpus 1000000000"), ({"vocab_size": 10**9}, "--vocab 1000000000"), ({"price": math.inf}, "--price inf"),
     ({"frame_rate": 1e9}, "--frame-rate 1000000000"),
     ({"stack": 0}, "--stack 0"), ({"stage": "2", "rank": 0}, "--rank 0"), ({"stage": "2", "rank": 769}, "--rank 769"),
+    ({"overlap": True}, "--overlap in stage 1 under DDP"),
 ])
 def test_what_cannot_be_priced_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=re.escape(message)):

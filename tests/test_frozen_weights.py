@@ -185,6 +185,8 @@ def test_lora_goes_in_first_or_not_at_all() -> None:
     gpt = nanochat_like()
     before = fingerprint(gpt)
     cast = cast_frozen(gpt, BF16)
+    with pytest.raises(BadInput, match=r"that was cast already.*Call restore\(\)"):
+        cast_frozen(gpt, BF16)
     with pytest.raises(BadInput, match=r"a weight cast to torch.bfloat16, and saved as it came"):
         inject_lora(gpt, rank=4)
     cast.restore()

@@ -167,6 +167,18 @@ def test_under_bf16_autocast_it_is_nearer_to_fp32_than_the_host_is() -> None:
     assert off["fused"] < 1e-5 < off["host"]  # of the same hidden states: sums in fp32 against logits of bf16, rounded by 2⁻⁹
 
 
+def test_an_omni_gpt_says_who_computes_its_loss_at_any_time(fused: list[int]) -> None:
+    omni = ears(reference())
+    idx, targets, _ = batch(32)
+    assert omni.loss == "host"
+    omni.loss = "fused"
+    omni(idx, targets, waves(0.4, 0.25))
+    assert fused and omni.prepender.loss == omni.loss == "fused"
+    with pytest.raises(BadInput, match="loss = 'best'"):
+        omni.loss = "best"  # type: ignore[assignment]
+    assert omni.loss == "fused"
+
+
 def test_an_omni_gpt_trains_with_it_and_a_silent_batch_has_its_gradient_of_zero(fused: list[int]) -> None:
     omni = ears(reference(), loss="fused").train()
     plain = ears(reference()).train()

@@ -12,7 +12,9 @@ before the softcap, under 64 in size, is 2⁻¹⁸ = 4e-6, and the softcap shrin
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,12 +26,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hand_patched import hand_patched_logits, hand_patched_loss
-from hosts import fingerprint
+from hosts import bigram_gpt, fingerprint, nano_gpt, reference, tiny_hf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from omni_adapters import layout
+from omni_adapters.anatomy import logits_of
 from omni_adapters.decoding import KVCache
 from omni_adapters.features import Features, select
 from omni_adapters.prepender import SoftTokenPrepender
@@ -830,3 +833,23 @@ def test_under_autocast_the_bare_gpt_is_bit_identical_and_soft_tokens_learn(gpt:
             assert torch.equal(prepender(idx), bare)
             prepender(idx, idx, soft).backward()
     assert soft.grad is not None and soft.grad.isfinite().all() and soft.grad.any()
+
+
+# ---- copies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("value_embeds", ["zero", "learned"])
+@pytest.mark.parametrize("build", [reference, nano_gpt, tiny_hf, bigram_gpt])
+def test_a_copy_hears_by_itself_and_lets_go_of_its_gpt_alone(build: Callable[[], Any], value_embeds: Any, again: Any) -> None:
+    """As DataLoader workers, torch.save of a whole module and averages of weights make them."""
+    prepender = SoftTokenPrepender(build(), value_embeds=value_embeds)
+    idx, soft = torch.randint(1, 40, (2, 6)), torch.randn(2, 3, prepender.anatomy.n_embd, requires_grad=True)
+    expected = logits_of(prepender(idx, None, soft))  # its graph is alive: the copy has no part in it
+    other = again(prepender)
+    assert torch.equal(logits_of(other(idx, None, soft)), expected)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    bare = other.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in bare.modules())
+    assert torch.equal(logits_of(prepender(idx, None, soft)), expected)
