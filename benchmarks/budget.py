@@ -64,7 +64,7 @@ def saving() -> Iterator[weakref.WeakSet[Kept]]:
     alive: weakref.WeakSet[Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> Kept:
-        kept = Kept(tensor)
+        kept = Kept(tensor.detach())  # a node that keeps its own output, and through it itself, is never let go of
         alive.add(kept)
         return kept
 

@@ -5,6 +5,7 @@ Times come from a fake timer, so that every number expected here is exact; only 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -439,6 +440,22 @@ def test_steps_agree_with_the_hand_patched_forward_in_fp64(stage: str) -> None:
     assert by_hand.flops - ours.flops == pytest.approx(2 * V * C * soft * matmuls, rel=1e-4)  # a smear gate is 24 wide
     assert by_hand.saved_bytes > ours.saved_bytes
     assert found["CUDA graph, compiled"].step is None and "CPU" in found["CUDA graph, compiled"].why
+
+
+def test_nothing_of_a_step_outlives_its_group() -> None:
+    """A suite of many groups would fill the machine, and with it the GPU."""
+    def living() -> int:
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) and one.numel() >= 2**16 for one in gc.get_objects())
+
+    before = living()
+    for group in step.groups_of(step.Case(1, "full", 6, 4, "cpu"), compiling=False):
+        assert living() > before
+        for variant in group.variants:
+            if variant.step is not None:
+                variant.step()
+        del group, variant
+    assert living() == before
 
 
 def test_a_wrong_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
