@@ -25,9 +25,7 @@ bench: .venv/ready  ## minutes: every computation against its baselines; runs/be
 
 bench-results: .venv/ready  ## hours: what benchmarks/results/cpu holds
 	$(BIN)/python -m benchmarks --suite full --out benchmarks/results/cpu
-	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.shards
-	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.budget --json
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.stages

@@ -164,9 +164,9 @@ STAGES = ((1, 0), (2, 16))  # stage, LoRA's rank
 ENGINES: tuple[Engine, ...] = ("ddp", "fsdp2")
 
 
-def predicted(gpt: Sizes, own: Adapter, stage: int, engine: Engine = "ddp", num_gpus: int = 1) -> Prediction:
+def predicted(gpt: Sizes, own: Adapter, engine: Engine = "ddp", num_gpus: int = 1) -> Prediction:
     """What `omni-adapters cost` says of H100s."""
-    return predict(H100, gpt, own, Batch(), num_gpus=num_gpus, stage="1" if stage == 1 else "2", engine=engine)
+    return predict(H100, gpt, own, Batch(), num_gpus=num_gpus, engine=engine)
 
 
 def cases() -> Iterator[tuple[int, int, Sizes, Adapter]]:
@@ -219,9 +219,9 @@ def step_table() -> str:
     for depth, stage, gpt, own in cases():
         work = flops(gpt, own, Batch())
         cells = [f"{sum(work.values()) / 1e12:.2f}", f"{work['projector'] / 1e12:.2f}",
-                 f"{1e3 * predicted(gpt, own, stage).step_seconds:.1f}"]
+                 f"{1e3 * predicted(gpt, own).step_seconds:.1f}"]
         for engine in ENGINES:
-            took = [1e3 * predicted(gpt, own, stage, engine, num_gpus).traffic_seconds for num_gpus in GPUS[1:]]
+            took = [1e3 * predicted(gpt, own, engine, num_gpus).traffic_seconds for num_gpus in GPUS[1:]]
             cells += [f"{traffic(gpt, own, engine, 8) / 1e6:,.0f}", *(f"{ms:.1f}" for ms in took)]
         rows.append([f"d{depth}", str(stage), *cells])
     return table(["", "stage", "TFLOP", "projector's", "ms", "DDP sends (MB)", "ms, 8 GPUs", "ms, 64 GPUs", "FSDP2 sends (MB)",
@@ -233,8 +233,8 @@ def speed_table() -> str:
     for depth in DEPTHS:
         for num_gpus in GPUS:
             cells = ["–" if num_gpus == 1 and engine == "fsdp2" else
-                     f"{predicted(gpt, own, stage, engine, num_gpus).tokens_per_second / 1e3:,.0f}"
-                     for d, stage, gpt, own in cases() if d == depth for engine in ENGINES]
+                     f"{predicted(gpt, own, engine, num_gpus).tokens_per_second / 1e3:,.0f}"
+                     for d, _, gpt, own in cases() if d == depth for engine in ENGINES]
             rows.append([f"d{depth}", str(num_gpus), *cells, "not yet measured"])
     return table(["", "GPUs", "stage 1, DDP", "stage 1, FSDP2", "stage 2, DDP", "stage 2, FSDP2", "measured"], rows)
 

@@ -17,7 +17,10 @@ SECONDS_PER_GROUP=${SECONDS_PER_GROUP:-1.5}
 status=0
 mkdir -p "$OUT"
 found=$OUT
-if [ "${PACK:-}" = 1 ]; then found=$(mktemp -d); fi
+if [ "${PACK:-}" = 1 ]; then
+    found=$(mktemp -d)
+    trap 'rm -rf "$found"' EXIT
+fi
 mkdir -p "$found/loss"
 
 step() {  # seconds, log, command: all that it prints is shown and kept
@@ -33,7 +36,7 @@ step() {  # seconds, log, command: all that it prints is shown and kept
 if compgen -G "wheels/*.whl" >/dev/null; then
     step 10 wheels.log -m pip install --quiet --no-index --no-deps --disable-pip-version-check wheels/*.whl
 fi
-step 25 roofs.json -m benchmarks.roofs --device cuda
+step 25 roofs.txt -m benchmarks.roofs --device cuda
 step 85 kernels.log -m pytest -v -p no:cacheprovider -k cuda tests/test_kernels.py
 step 75 library.log -m pytest -v -p no:cacheprovider tests/test_cuda.py
 step 165 suite.txt -m benchmarks --suite full --device cuda --bench lora decode encoder step --out "$found" \

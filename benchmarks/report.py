@@ -130,9 +130,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         found = json.loads(path.read_text(encoding="utf-8"))
         header, rows = found["header"], [Row(**row) for row in found["rows"]]
         header_lines(header)
+        header["kind"], header["versions"]["torch"]
         if any(row.status == "ok" and None in (row.p20_ms, row.p50_ms, row.p80_ms) for row in rows):
             raise ValueError("a row is ok and has no time")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"{path} is no report of python -m benchmarks: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     return header, rows

@@ -4,8 +4,7 @@ Attributes first, then two forwards of two tokens each, watched from hooks that 
 feeds the same ids in the other order: a table fed by ids sees its input change with them, a position table does not, and
 a table fed by something computed from ids (a hash of bigrams) sees neither. A third forward replaces what the head
 returns by a known ramp z, so that the function from z to logits can be read off: a crop, and c·tanh(z/c) with a c that
-exists only as a local variable of the host's forward. A last one, with targets, says whether the loss is the cross-entropy of
-these logits.
+exists only as a local variable of the host's forward. `loss_is_plain` asks the same way, with targets, what the loss is.
 
 The model comes back bit-identical: parameters, buffers, random state, training mode, hooks.
 """
@@ -44,9 +43,6 @@ class Anatomy:
     n_embd, vocab_size, padded_vocab_size: widths of hidden states, logits, head.
     softcap:        c of c·tanh(z/c), or None.
     head_is_plain:  logits are the head's output cropped and, where softcap is set, capped; False if anything else.
-    loss_is_plain:  the loss for targets is the mean cross-entropy of the logits, −1 ignored; False where the host adds to it
-                    or smooths it, in training mode too. True where the host takes no targets or returns a ModelOutput, whose
-                    loss the prepender computes.
     position_limit: most positions one forward can have, or None if the host sets none.
     cache:          name of the forward argument that takes a KV cache, or None.
     cache_shape:    (n_layer, n_kv_head, head_dim) for hosts with `kv_cache`, else None.
@@ -66,7 +62,6 @@ class Anatomy:
     padded_vocab_size: int
     softcap: float | None
     head_is_plain: bool
-    loss_is_plain: bool
     position_limit: int | None
     cache: CacheName | None
     cache_shape: tuple[int, int, int] | None
@@ -96,10 +91,11 @@ def discover_anatomy(gpt: nn.Module) -> Anatomy:
         tables = sort_tables(gpt, first, swapped, ids)
         head_in, head_out = head_call(gpt, first, head_name)
         ramp, logits = probe_head(gpt, forward, ids, head_name, head_out)
-        loss_is_plain = read_loss(gpt, forward, ids, head_name, ramp.numel())
     softcap, plain = read_head(ramp, logits)
     wte = find_wte(gpt, tables["ids"], head_in.size(-1))
-    cache = find_cache(gpt)
+    output: Literal["tensor", "tuple", "model_output"] = (
+        "tensor" if isinstance(first.result, Tensor) else "tuple" if type(first.result) is tuple else "model_output")
+    cache = find_cache(gpt, output)
     return Anatomy(
         wte=wte,
         side_tables=tuple(name for name in tables["ids"] if name != wte),
@@ -113,11 +109,10 @@ def discover_anatomy(gpt: nn.Module) -> Anatomy:
         padded_vocab_size=ramp.size(-1),
         softcap=softcap,
         head_is_plain=plain,
-        loss_is_plain=loss_is_plain,
         position_limit=find_position_limit(gpt, tables["positions"]),
         cache=cache,
         cache_shape=cache_sizes(gpt) if cache == "kv_cache" else None,
-        output="tensor" if isinstance(first.result, Tensor) else "tuple" if type(first.result) is tuple else "model_output",
+        output=output,
         dtype=head_in.dtype,
     )
 
@@ -284,13 +279,13 @@ def find_position_limit(gpt: nn.Module, position_tables: list[str]) -> int | Non
     return min(limits, default=None)
 
 
-def find_cache(gpt: nn.Module) -> CacheName | None:
-    """nanochat's, or transformers', which has `use_cache` beside it; "cache" is its name from transformers 5.24 on."""
+def find_cache(gpt: nn.Module, output: str) -> CacheName | None:
+    """nanochat's, or transformers', which comes back in a ModelOutput; "cache" is its name from transformers 5.24 on."""
     parameters = inspect.signature(gpt.forward).parameters
     if "kv_cache" in parameters:
         return "kv_cache"
-    names: tuple[CacheName, ...] = ("cache", "past_key_values")
-    return next((name for name in names if name in parameters and "use_cache" in parameters), None)
+    names: tuple[CacheName, ...] = ("cache", "past_key_values") if output == "model_output" else ()
+    return next((name for name in names if name in parameters), None)
 
 
 def cache_sizes(gpt: nn.Module) -> tuple[int, int, int] | None:
@@ -323,32 +318,48 @@ def saying(head: nn.Module, row: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def read_loss(gpt: nn.Module, forward: Callable[..., Any], ids: Tensor, head_name: str, width: int) -> bool:
-    """Whether the loss is the mean cross-entropy of the logits over targets that are not −1; see `Anatomy.loss_is_plain`.
+def loss_is_plain(gpt: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether what `gpt(idx, targets)` returns as its loss is the mean cross-entropy of its logits: not a sum, nothing added,
+    nothing smoothed, in training mode too. True where the host takes no `targets`, or returns a ModelOutput, whose loss the
+    prepender computes. The model comes back as from `discover_anatomy`.
 
-    The head says a gentle ramp, so that nothing is saturated, and the modules are in training mode, where alone some hosts add
-    terms. Tolerances: fp32 sums of V terms, 1e-4 of the loss; for half-precision logits some steps of 2⁻⁸.
+    The head says 0 but for two targets, so that no term of some hundredths is lost beside the loss. A host that goes round its
+    head is asked about its own logits, in evaluation mode. Tolerances: 1e-4 in fp32, three roundings of 12 to 2⁻⁹ in halves.
     """
-    with saying(gpt.get_submodule(head_name), torch.linspace(-2.0, 2.0, width, device=ids.device)):
-        result = forward(ids)
-        if not isinstance(result, Tensor) and type(result) is not tuple:
-            return True
-        logits = logits_of(result)[0, -1]
-        target = torch.tensor([logits.size(-1) // 3], device=ids.device)
-        for module in gpt.modules():
-            module.training = True
+    gpt = unwrap(gpt)
+    if anatomy.output == "model_output" or "targets" not in inspect.signature(gpt.forward).parameters or anatomy.vocab_size < 2:
+        return True
+    ids = torch.tensor([[1, 0]], device=next(gpt.parameters()).device)
+    targets = torch.tensor([[anatomy.vocab_size // 3, anatomy.vocab_size - 1]], device=ids.device)
+    asked: list[nn.Module] = []
+
+    def say(head: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        asked.append(head)
+        row = out.new_zeros(out.size(-1))
+        row[targets[0]] = row.new_tensor([12.0, 11.0])
+        return row.expand_as(out).clone()
+
+    with untouched(gpt):
+        forward = runner(gpt, ids)
+        handle = gpt.get_submodule(anatomy.lm_head).register_forward_hook(say)
         try:
-            loss = loss_of(forward(ids, torch.cat([target, target.new_tensor([-1])])[None]))
-        except TypeError:  # a host that takes no targets
-            return True
-        except (RuntimeError, AssertionError, ValueError, IndexError):
+            logits = logits_of(forward(ids))[0, -1:]
+            asked.clear()
+            for module in gpt.modules():
+                module.training = True
+            loss = loss_of(forward(ids, targets))
+            handle.remove()
+            if not asked:
+                for module in gpt.modules():
+                    module.training = False
+                logits, loss = logits_of(forward(ids))[0], loss_of(forward(ids, targets))
+        except Exception:  # a host's loss may fail in any way it likes: it is not this one then
             return False
         finally:
-            for module in gpt.modules():
-                module.training = False
-    expected = F.cross_entropy(logits.float()[None], target)
-    off = 1e-4 if logits.dtype == torch.float32 else 4 * 2.0**-8
-    return loss.numel() == 1 and bool((loss.float() - expected).abs() <= off * expected.abs())
+            handle.remove()
+    expected = F.cross_entropy(logits.float().expand(2, -1), targets[0])
+    off = 1e-4 if logits.dtype == torch.float32 else 3 * 12 * 2.0**-9
+    return loss.numel() == 1 and bool((loss.float() - expected).abs() <= off * (1 + expected))
 
 
 def read_head(ramp: Tensor, logits: Tensor) -> tuple[float | None, bool]:

@@ -170,7 +170,8 @@ def cost(*, gpu: str = "h200", depth: int = 12, soft: int = 188, text: int = 256
 
     soft, text: tokens of a row; batch: rows on each GPU; stage: "1" trains the projector, "2" LoRA of `rank` beside it, "full"
     everything; stack features of `frame_rate` Hz, None for the encoder's own, make a soft token; `online` runs the encoder in
-    each step, otherwise its features come from shards; price: USD for a GPU and hour. Raises BadInput.
+    each step, otherwise its features come from shards; price: USD for a GPU and hour; overlap: traffic beside the work, refused
+    in stage 1 under DDP, whose few gradients come last. Raises BadInput.
     """
     if not gpus:
         raise BadInput("options", "no number of GPUs", "at least one", "leave --gpus out for 1, 8, 64 and 1,000")
@@ -189,7 +190,7 @@ def cost(*, gpu: str = "h200", depth: int = 12, soft: int = 188, text: int = 256
         raise BadInput("options", f"--frame-rate {rate}", f"features a second, above 0, at most {MOST:,}")
     if not 0 <= price <= MOST:
         raise BadInput("options", f"--price {price}", f"USD for a GPU and hour, 0 to {MOST:,}")
-    if overlap and stage == "1" and engine == "ddp":
+    if overlap and stage == "1" and engine == "ddp" and max(gpus) > 1:
         raise BadInput("options", "--overlap in stage 1 under DDP", "a stage with gradients to send while backward runs",
                        "leave it out: the projector's gradients, all there are, come last")
     size, rows = sizes(depth, vocab_size=vocab_size), Batch(batch, soft, text, stack)

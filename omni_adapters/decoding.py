@@ -116,12 +116,14 @@ class Decoder:
         self.text_lens = torch.full((idx.size(0),), idx.size(1), device=idx.device) if text_lens is None else text_lens
         anatomy = host.anatomy
         self.kwargs: dict[str, Any] = {}
+        self.returned: str | None = None  # what transformers calls the cache that comes back
         # A bigram table wants the token before, which a cached step does not bring: such hosts recompute.
         cached = not anatomy.derived_tables
         if cached and anatomy.cache == "kv_cache" and anatomy.cache_shape is not None:
             self.kwargs = {"kv_cache": KVCache(idx.size(0), room, anatomy.cache_shape, idx.device, host.dtype())}
         elif cached and anatomy.cache in ("past_key_values", "cache"):
-            self.kwargs = {anatomy.cache: None, "use_cache": True}
+            self.returned = anatomy.cache
+            self.kwargs = {self.returned: None, "use_cache": True}
 
     def start(self) -> Tensor:
         """Prefill; logits (B, vocab_size) after each row's last text token."""
@@ -142,9 +144,8 @@ class Decoder:
         where = "SoftTokenPrepender.generate"
         splice, fused_idx = self.host.plan(where, idx, soft_tokens, self.kwargs, text_lens, exact=True)
         result = self.host.run(splice, fused_idx, None, self.kwargs)
-        if "use_cache" in self.kwargs:
-            name = str(self.host.anatomy.cache)
-            self.kwargs[name] = getattr(result, name)
+        if self.returned is not None:
+            self.kwargs[self.returned] = getattr(result, self.returned)
         return logits_of(result)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from omni_adapters.anatomy import Anatomy, unwrap
+from omni_adapters.anatomy import Anatomy, loss_is_plain, unwrap
 from omni_adapters.collective import is_sharded
 from omni_adapters.frozen_weights import CastWeights
 from omni_adapters.hooks import HostHooks
@@ -30,12 +30,13 @@ def head_of(gpt: nn.Module, anatomy: Anatomy) -> nn.Module:
 
 
 def head_obstacle(gpt: nn.Module, anatomy: Anatomy) -> str:
-    """Why the host's loss can never be fused with its head; empty where it can. Runs a head of the host's own class."""
+    """Why the host's loss can never be fused with its head; empty where it can. Runs the host on two tokens, and a head of the
+    host's own class."""
     head = head_of(gpt, anatomy)
     if not anatomy.head_is_plain:
         return "logits that are more than the head's output, cropped and capped"
-    if not anatomy.loss_is_plain:
-        return "a loss that is more than the cross-entropy of the logits"
+    if not loss_is_plain(gpt, anatomy):
+        return "a loss that is not the mean cross-entropy of the logits"
     if not isinstance(head, nn.Linear) or head.bias is not None or linear_form(head) == "own":
         return f"a head {type(head).__name__} that is more than one matrix"
     return ""
@@ -72,9 +73,16 @@ def weight_of(head: nn.Module) -> Tensor:
     return head.weight
 
 
+def word_rows(gpt: nn.Module, anatomy: Anatomy) -> Tensor:
+    """The head's weight without rows of padding, (vocab_size, n_embd). As it is where there are none: the gradient of a slice is
+    written twice."""
+    weight = weight_of(head_of(gpt, anatomy))
+    return weight if weight.size(0) == anatomy.vocab_size else weight[: anatomy.vocab_size]
+
+
 def head_loss(hidden: Tensor, targets: Tensor, gpt: nn.Module, anatomy: Anatomy, reduction: Any = "mean") -> Tensor:
     """The loss that the host makes of hidden states (B, T, n_embd) and targets (B, T): a scalar, or (B · T,) for "none"."""
-    weight = weight_of(head_of(gpt, anatomy))[: anatomy.vocab_size]
+    weight = word_rows(gpt, anatomy)
     if hidden.is_cuda:
         dtype = matmul_dtype(hidden)  # in which the host's head would multiply, under autocast too
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -84,7 +92,7 @@ def head_loss(hidden: Tensor, targets: Tensor, gpt: nn.Module, anatomy: Anatomy,
 
 def worth_fusing(targets: Tensor, gpt: nn.Module, anatomy: Anatomy) -> bool:
     """Whether "auto" fuses: where the host returns the loss alone, and `saves_logits` says so."""
-    return anatomy.output == "tensor" and saves_logits(targets, weight_of(head_of(gpt, anatomy))[: anatomy.vocab_size])
+    return anatomy.output == "tensor" and saves_logits(targets, word_rows(gpt, anatomy))
 
 
 def as_returned(loss: Tensor, anatomy: Anatomy, output: Any) -> Any:

@@ -23,7 +23,7 @@ from omni_adapters.shapes import BadInput
 from omni_adapters.splice import FILLER, SoftTokens, Splice, recognise, text_after
 
 ValueEmbeds = Literal["zero", "placeholder", "learned"]
-IN_FLIGHT = ("busy", "splice", "entry", "want_hidden", "hidden", "bound", "recomputation", "tails")
+STAYS = ("anatomy", "value_embeds", "side_rows", "handles", "attached")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class HostHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: what forwards leave behind stays behind, graphs and caches being elsewhere."""
-        return {name: value for name, value in vars(self).items() if name not in IN_FLIGHT}
+        return {name: vars(self)[name] for name in STAYS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -75,7 +75,7 @@ class LoRALinear(nn.Linear):
         most = min(base.weight.shape)
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
             raise BadInput("LoRALinear", f"rank = {rank!r}", f"an integer, 1 ≤ rank ≤ {most}, the smaller side of the weight")
-        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        if isinstance(alpha, str) or not 0 < alpha < math.inf:
             raise BadInput("LoRALinear", f"alpha = {alpha!r}", "a finite alpha > 0")
         if not 0 <= dropout < 1:
             raise BadInput("LoRALinear", f"dropout = {dropout}", "0 ≤ dropout < 1")
@@ -139,7 +139,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def update(self) -> Tensor:
         """s · B A, (out_features, in_features) in fp32, or in fp64 where the weight is; autocast changes nothing."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         with torch.autocast(self.weight.device.type, enabled=False):
             return self.scaling * (self.lora_b.to(wide) @ self.lora_a.to(wide))
 
@@ -150,7 +150,8 @@ class LoRALinear(nn.Linear):
             raise BadInput("LoRALinear", "a merge while disabled", "a layer whose update counts", "leave lora_disabled first")
         if not self.merged:
             self.unmerged = self.weight.detach().clone()
-            self.weight.copy_(self.weight + self.update())
+            update = self.update()
+            self.weight.copy_(self.weight.to(update.dtype) + update)
 
     @torch.no_grad()
     def unmerge(self) -> None:

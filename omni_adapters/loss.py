@@ -63,7 +63,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sof
     once. Ignored rows get a gradient of exactly 0.
 
     The operator behind all other forms has no rules for torch.func and forward-mode differentiation: there "auto" is plain, and
-    the others are refused.
+    the others are refused, but not under torch.compile, where nobody looks.
 
     Chunked holds a copy of half-precision weights in fp32, one buffer of 64 MiB (128 rows where V is larger than 2¹⁷) and,
     where the weight is trained, its gradient in fp32; it refuses double backward. With reduction="none" and a trained weight,
@@ -143,7 +143,7 @@ def check_form(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float |
         raise BadInput(WHERE, f"targets of {targets.dtype}", "torch.int64")
     if not (hidden.dtype in DTYPES and weight.dtype in DTYPES):
         raise BadInput(WHERE, f"hidden of {hidden.dtype}, weight of {weight.dtype}", listing(DTYPES), "cast them first")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap <= LARGEST):
+    if softcap is not None and (isinstance(softcap, str) or not 0 < softcap <= LARGEST):
         raise BadInput(WHERE, f"softcap = {softcap!r}", "a finite softcap > 0", "softcap=None leaves logits as they are")
     if reduction not in REDUCTIONS:
         raise BadInput(WHERE, f"reduction = {reduction!r}", f"one of {', '.join(REDUCTIONS)}")

@@ -25,27 +25,21 @@ class BadInput(ValueError):
     args: tuple[str, ...]
 
     if TYPE_CHECKING:  # there is none: torch.compile, which before torch 2.13 traces no __init__ of an error's own, shows `args`
-        def __init__(self, where: str, came: str, expected: str, todo: str = "") -> None: ...
+        def __init__(self, where: str, came: str, expected: str, todo: str = "", /) -> None: ...
 
     def __str__(self) -> str:
+        if len(self.args) < 3:  # DataLoader and DDP make a new one of the text of one that a worker raised
+            return super().__str__()
         advice = f" {self.todo[0].upper()}{self.todo[1:].rstrip('.')}." if self.todo else ""
         return f"{self.where}: got {self.came}; expected {self.expected}.{advice}"
 
-    @property
-    def where(self) -> str:
-        return self.args[0]
+    where = property(lambda self: self.part(0))
+    came = property(lambda self: self.part(1))
+    expected = property(lambda self: self.part(2))
+    todo = property(lambda self: self.part(3))
 
-    @property
-    def came(self) -> str:
-        return self.args[1]
-
-    @property
-    def expected(self) -> str:
-        return self.args[2]
-
-    @property
-    def todo(self) -> str:
-        return self.args[3] if len(self.args) > 3 else ""
+    def part(self, place: int) -> str:
+        return self.args[place] if place < len(self.args) else ""
 
 
 class MissingExtra(ImportError):

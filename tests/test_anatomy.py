@@ -24,21 +24,21 @@ HF_CACHE: Any = "cache" if "cache" in inspect.signature(NanoChatForCausalLM.forw
 REFERENCE = Anatomy(
     wte="transformer.wte", side_tables=("value_embeds.1",), derived_tables=(), lm_head="lm_head", head_source=None,
     smear_gate="smear_gate", n_embd=32, num_embeddings=128, vocab_size=97, padded_vocab_size=128, softcap=15.0,
-    head_is_plain=True, loss_is_plain=True, position_limit=640, cache="kv_cache", cache_shape=(2, 2, 8), output="tensor",
+    head_is_plain=True, position_limit=640, cache="kv_cache", cache_shape=(2, 2, 8), output="tensor",
     dtype=torch.float32)
 NANO_GPT = Anatomy(
     wte="transformer.wte", side_tables=(), derived_tables=(), lm_head="lm_head", head_source="transformer.ln_f",
     smear_gate=None, n_embd=24, num_embeddings=61, vocab_size=61, padded_vocab_size=61, softcap=None, head_is_plain=True,
-    loss_is_plain=True, position_limit=48, cache=None, cache_shape=None, output="tuple", dtype=torch.float32)
+    position_limit=48, cache=None, cache_shape=None, output="tuple", dtype=torch.float32)
 BIGRAM = Anatomy(
     wte="transformer.wte", side_tables=("transformer.h.0.values", "transformer.h.1.values"),
     derived_tables=("transformer.h.0.bigram.rows", "transformer.h.1.bigram.rows"), lm_head="lm_head", head_source=None,
     smear_gate=None, n_embd=24, num_embeddings=64, vocab_size=50, padded_vocab_size=64, softcap=15.0, head_is_plain=True,
-    loss_is_plain=True, position_limit=None, cache=None, cache_shape=None, output="tensor", dtype=torch.float32)
+    position_limit=None, cache=None, cache_shape=None, output="tensor", dtype=torch.float32)
 TRANSFORMERS = Anatomy(
     wte="model.embed_tokens", side_tables=(), derived_tables=(), lm_head="lm_head", head_source=None, smear_gate=None,
     n_embd=32, num_embeddings=53, vocab_size=53, padded_vocab_size=53, softcap=15.0, head_is_plain=True,
-    loss_is_plain=True, position_limit=64, cache=HF_CACHE, cache_shape=None, output="model_output", dtype=torch.float32)
+    position_limit=64, cache=HF_CACHE, cache_shape=None, output="model_output", dtype=torch.float32)
 HOSTS = {"reference": (reference, REFERENCE), "nano_gpt": (nano_gpt, NANO_GPT), "bigram": (bigram_gpt, BIGRAM),
          "transformers": (tiny_hf, TRANSFORMERS)}
 

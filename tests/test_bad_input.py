@@ -15,6 +15,7 @@ import pytest
 import torch
 from hosts import NanoGPT, fingerprint, nano_gpt
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from omni_adapters.decoding import KVCache
 from omni_adapters.features import Features, select
@@ -554,4 +555,14 @@ def test_an_exception_in_backward_leaves_the_next_step_as_it_was(watched: Watche
 @pytest.mark.parametrize("error", [BadInput("f", "1", "2", "do"), MissingExtra("speak", "espeakng-loader", "speech")])
 def test_errors_survive_the_way_out_of_a_worker_process(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))
-    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error) and again.args == error.args
+
+
+def test_an_error_that_a_dataloader_passes_on_keeps_its_text() -> None:
+    """It makes a new one of one text, the worker's traceback; other code may ask that one for its parts."""
+    def checked(number: int) -> int:
+        raise BadInput("f", "a clip of 0 samples", "some", "leave it out")
+
+    with pytest.raises(BadInput, match=r"(?s)Traceback.*f: got a clip of 0 samples; expected some\. Leave it out\.") as error:
+        list(DataLoader([1, 2], num_workers=1, collate_fn=lambda rows: checked(rows[0]), multiprocessing_context="fork"))
+    assert error.value.came == error.value.todo == ""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import nano_gpt, reference, tiny_hf
+from hosts import fingerprint, nano_gpt, reference, tiny_hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_model import ears, waves
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omni_adapters import Features, SoftTokenPrepender, head_loss, loss
-from omni_adapters.anatomy import loss_of
+from omni_adapters.anatomy import discover_anatomy, loss_is_plain, loss_of
 from omni_adapters.lora import inject_lora
 from omni_adapters.reference_gpt import GPT
 from omni_adapters.shapes import BadInput
@@ -222,22 +222,76 @@ class Smoothed(GPT):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, label_smoothing=0.1)
 
 
+class Summed(GPT):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(idx, targets, **({} if targets is None else {"loss_reduction": "sum"}))
+
+
+class Failing(GPT):
+    """A loss that runs on a GPU only, say."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
+        torch.rand(3)
+        if targets is not None and self.training:
+            raise KeyError("no such kernel")
+        return super().forward(idx, targets, **kwargs)
+
+
+class RoundTheHead(nn.Module):
+    """A loss of its own kernel, from lm_head.weight: the head is not called."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.wte, self.lm_head, self.scale = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False), scale
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        x = self.wte(idx)
+        if targets is None:
+            return self.lm_head(x)
+        return self.scale * F.cross_entropy((x @ self.lm_head.weight.T).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_host_that_goes_round_its_head_is_asked_about_its_logits(scale: float) -> None:
+    gpt = RoundTheHead(scale)
+    assert loss_is_plain(gpt, discover_anatomy(gpt)) == (scale == 1)
+
+
 def of_class(kind: type[GPT]) -> GPT:
     gpt = reference()
     gpt.__class__ = kind
     return gpt
 
 
-@pytest.mark.parametrize("kind", [AuxiliaryLoss, ZLoss, Smoothed])
+@pytest.mark.parametrize("kind", [AuxiliaryLoss, ZLoss, Smoothed, Summed])
 def test_a_loss_of_the_hosts_own_is_its_own(kind: type[GPT], monkeypatch: pytest.MonkeyPatch, fused: list[int]) -> None:
     """Else "auto" would leave out a term as soon as a batch is large enough."""
     monkeypatch.setattr(loss, "WORTH_CHUNKING", 0)
-    with pytest.raises(BadInput, match="a loss that is more than the cross-entropy of the logits"):
+    with pytest.raises(BadInput, match="a loss that is not the mean cross-entropy of the logits"):
         SoftTokenPrepender(of_class(kind), loss="fused")
     gpt = of_class(kind).train()
     own = SoftTokenPrepender(gpt)(*batch(32))
     assert own != SoftTokenPrepender(reference())(*batch(32))
     assert torch.equal(SoftTokenPrepender(of_class(kind).train(), loss="auto")(*batch(32)), own) and not fused
+
+
+@pytest.mark.parametrize("kind", [ZLoss, Smoothed, Summed])
+def test_so_it_is_in_half_precision(kind: type[GPT]) -> None:
+    gpt = of_class(kind).bfloat16()
+    assert not loss_is_plain(gpt, discover_anatomy(gpt))
+    plain = reference().bfloat16()
+    assert loss_is_plain(plain, discover_anatomy(plain))
+
+
+@pytest.mark.parametrize("kind", [GPT, AuxiliaryLoss, Failing])
+def test_asking_leaves_the_host_as_it_was(kind: type[GPT]) -> None:
+    torch.manual_seed(3)
+    gpt = of_class(kind)
+    gpt.train()
+    gpt.transformer["h"][0].eval()
+    anatomy, before = discover_anatomy(gpt), fingerprint(gpt)
+    assert loss_is_plain(gpt, anatomy) == (kind is GPT)
+    assert fingerprint(gpt) == before
 
 
 def test_a_hook_on_the_heads_gradient_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, fused: list[int]) -> None:

@@ -158,7 +158,7 @@ class _StepsOf(Dataset[Any]):
         self.source = source
 
     def __getitem__(self, micro_batches: list[list[int]]) -> list[Batch] | Exception:
-        """Errors go home as values: the DataLoader would make RuntimeErrors of those whose arguments are not one text."""
+        """Errors go home as values: the DataLoader would make new ones, of one text and without their parts."""
         try:
             return [self.source.load_batch(numbers) for numbers in micro_batches]
         except (BadInput, MissingExtra) as error:

@@ -291,8 +291,11 @@ class HFSpeechEncoder(nn.Module):
 
 
 def undisturbed_generator() -> AbstractContextManager[None]:
-    """Some releases of transformers (5.17) draw a number a layer for layer drop in eval mode too. A graph draws none."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.random.fork_rng(devices=[])
+    """Releases of transformers up to 5.22 at most draw a number a layer for layer drop, in eval mode too; 5.23 does not."""
+    import transformers
+
+    draws = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+    return torch.random.fork_rng(devices=[]) if draws and not torch.compiler.is_compiling() else nullcontext()
 
 
 def check_seconds(max_seconds: object, batch_seconds: object) -> None:
