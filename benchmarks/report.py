@@ -300,9 +300,13 @@ def draw_memory(rows: list[Row], header: dict[str, Any], title: str, path: Path)
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     for axis, (kind, lines) in zip(axes.flat, panels.items()):
-        for variant, points in lines.items():
-            axis.plot(*zip(*sorted(points)), "o-", markersize=3.5, linewidth=1.2, color=shades[variant])
+        for place, (variant, points) in enumerate(lines.items()):  # wide below narrow: two that are equal are both seen
+            axis.plot(*zip(*sorted(points)), "o-", markersize=3.5, linewidth=max(1.2, 5 - 2 * place), color=shades[variant])
         axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="peak MB of a step")
+        axis.set_xticks(sorted({N for points in lines.values() for N, _ in points}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(kind or "loss", fontsize=8)
         axis.tick_params(labelsize=7)
     handles = [plt.Line2D([], [], color=shade, marker="o", markersize=3.5) for shade in shades.values()]
