@@ -2,8 +2,8 @@
 # On one GPU, in at most 8 minutes: the machine's roofs, kernels and library against fp64, then the CUDA suite.
 #   OUT=benchmarks/results/h200 bash benchmarks/gpu.sh
 # Everything ends up in $OUT and $OUT/loss; with PACK=1 in $OUT/results.tgz alone, written anew after each step, for machines
-# from which few files come back. What runs kernels of our own runs in processes of its own: an illegal access ends a CUDA
-# context, and takes with it whatever else would have been measured there.
+# from which few files come back. What runs kernels of our own has a process of its own or, in the suite, comes last: an illegal
+# access ends a CUDA context, and takes with it whatever else would have been measured there.
 # COMMIT names what runs where there is no .git; MINUTES and SECONDS_PER_GROUP bound the suite.
 # Needs torch with CUDA, transformers, peft, pytest, hypothesis, tqdm and matplotlib; the library itself need not be installed.
 # Optional baselines (liger-kernel, cut-cross-entropy) are installed from wheels/ where that folder holds them.

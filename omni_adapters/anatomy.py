@@ -309,11 +309,17 @@ def probe_head(gpt: nn.Module, forward: Callable[[Tensor], Any], ids: Tensor, he
 
 
 @contextmanager
-def saying(head: nn.Module, row: Tensor) -> Iterator[None]:
-    """Inside, the head returns `row` (V,) at every position."""
-    handle = head.register_forward_hook(lambda _, args, out: row.to(out.dtype).expand_as(out).clone())
+def saying(head: nn.Module, row: Tensor) -> Iterator[list[nn.Module]]:
+    """Inside, the head returns `row` (V,) at every position; what is yielded grows by it with each call."""
+    asked: list[nn.Module] = []
+
+    def say(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        asked.append(module)
+        return row.to(out.dtype).expand_as(out).clone()
+
+    handle = head.register_forward_hook(say)
     try:
-        yield
+        yield asked
     finally:
         handle.remove()
 
@@ -331,32 +337,23 @@ def loss_is_plain(gpt: nn.Module, anatomy: Anatomy) -> bool:
         return True
     ids = torch.tensor([[1, 0]], device=next(gpt.parameters()).device)
     targets = torch.tensor([[anatomy.vocab_size // 3, anatomy.vocab_size - 1]], device=ids.device)
-    asked: list[nn.Module] = []
-
-    def say(head: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        asked.append(head)
-        row = out.new_zeros(out.size(-1))
-        row[targets[0]] = row.new_tensor([12.0, 11.0])
-        return row.expand_as(out).clone()
-
+    row = torch.zeros(anatomy.padded_vocab_size, device=ids.device)
+    row[targets[0]] = row.new_tensor([12.0, 11.0])
     with untouched(gpt):
         forward = runner(gpt, ids)
-        handle = gpt.get_submodule(anatomy.lm_head).register_forward_hook(say)
         try:
-            logits = logits_of(forward(ids))[0, -1:]
-            asked.clear()
-            for module in gpt.modules():
-                module.training = True
-            loss = loss_of(forward(ids, targets))
-            handle.remove()
+            with saying(gpt.get_submodule(anatomy.lm_head), row) as asked:
+                logits = logits_of(forward(ids))[0, -1:]
+                asked.clear()
+                for module in gpt.modules():
+                    module.training = True
+                loss = loss_of(forward(ids, targets))
             if not asked:
                 for module in gpt.modules():
                     module.training = False
                 logits, loss = logits_of(forward(ids))[0], loss_of(forward(ids, targets))
         except Exception:  # a host's loss may fail in any way it likes: it is not this one then
             return False
-        finally:
-            handle.remove()
     expected = F.cross_entropy(logits.float().expand(2, -1), targets[0])
     off = 1e-4 if logits.dtype == torch.float32 else 3 * 12 * 2.0**-9
     return loss.numel() == 1 and bool((loss.float() - expected).abs() <= off * (1 + expected))
